@@ -1,0 +1,86 @@
+//! Transports: what an address names, connecting to it and listening on it.
+//!
+//! Every transport gives [`Connection`]s: ordered, two-way byte streams over one socket. TCP and Unix sockets can have
+//! as many as wanted; `fd` and `exec` have a single one, which then carries control and pages together.
+
+mod connection;
+mod exec;
+mod fd;
+mod tcp;
+mod unix;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+pub(crate) use connection::{Connection, ReadHalf, SendHalf};
+
+use crate::error::Cause;
+
+/// Where a migration goes to or comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Uri {
+    /// `tcp:HOST:PORT`; an IPv6 address in brackets, an empty host for every local address, port 0 for any free one.
+    Tcp {
+        /// Name or address, without brackets.
+        host: String,
+        /// Port.
+        port: u16,
+    },
+    /// `unix:PATH`.
+    Unix(PathBuf),
+    /// `fd:N`: a connected stream socket that this process has inherited or was given.
+    Fd(i32),
+    /// `exec:COMMAND`, run by `/bin/sh -c` with a socket as its standard input and output.
+    Exec(String),
+}
+
+/// An address that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{uri:?} is not an address: {problem}; use tcp:HOST:PORT, unix:PATH, fd:N or exec:COMMAND")]
+pub struct UriError {
+    /// What was given.
+    pub uri: String,
+    /// What is wrong with it.
+    pub problem: &'static str,
+}
+
+impl FromStr for Uri {
+    type Err = UriError;
+
+    fn from_str(text: &str) -> Result<Self, UriError> {
+        let error = |problem| UriError { uri: text.to_owned(), problem };
+        let (scheme, rest) = text.split_once(':').ok_or_else(|| error("it has no scheme"))?;
+        match scheme {
+            "tcp" => {
+                let (host, port) = rest.rsplit_once(':').ok_or_else(|| error("the port is missing"))?;
+                let port = port.parse().map_err(|_| error("the port is not a number from 0 to 65535"))?;
+                let bracketed = host.strip_prefix('[').map(|h| h.strip_suffix(']'));
+                let host = match bracketed {
+                    Some(inner) => inner.ok_or_else(|| error("a bracket is not closed"))?,
+                    None if host.contains(':') => return Err(error("an IPv6 address needs brackets")),
+                    None => host,
+                };
+                Ok(Self::Tcp { host: host.to_owned(), port })
+            }
+            "unix" if rest.is_empty() => Err(error("the path is missing")),
+            "unix" => Ok(Self::Unix(rest.into())),
+            "fd" => rest.parse().ok().filter(|fd| *fd >= 0).map(Self::Fd).ok_or_else(|| error("it is not a number")),
+            "exec" if rest.trim().is_empty() => Err(error("the command is missing")),
+            "exec" => Ok(Self::Exec(rest.to_owned())),
+            _ => Err(error("the scheme is unknown")),
+        }
+    }
+}
+
+impl fmt::Display for Uri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
+            Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Fd(fd) => write!(f, "fd:{fd}"),
+            Self::Exec(command) => write!(f, "exec:{command}"),
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! What went wrong, on which side, in which phase, and where the guest is now.
+
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::machine::MachineError;
+use crate::memory::{MemoryError, TrackerError};
+use crate::parameters::ParameterError;
+use crate::wire::WireError;
+
+/// One end of a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Side {
+    /// Where the guest comes from.
+    Source,
+    /// Where it goes.
+    Destination,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        })
+    }
+}
+
+/// What a migration was busy with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Connecting, and agreeing on features and layout.
+    Setup,
+    /// Sending RAM while the guest runs.
+    Precopy,
+    /// The guest is paused; the last pages and the device state travel.
+    Switchover,
+    /// Deciding who owns the guest: from Offer to Running.
+    Handover,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Setup => "setup",
+            Self::Precopy => "precopy",
+            Self::Switchover => "switchover",
+            Self::Handover => "handover",
+        })
+    }
+}
+
+/// Where the guest is now, as far as the side that says so can know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GuestPlace {
+    /// Running at the source.
+    RunningAtSource,
+    /// At the source, paused.
+    PausedAtSource,
+    /// At the source; the destination cannot know whether it runs.
+    AtSource,
+    /// Running at the destination.
+    RunningAtDestination,
+    /// At the destination, paused, as it was at the source.
+    PausedAtDestination,
+    /// Released by the source, with no word from the destination: it may run there. It does not run at the source.
+    /// On the destination: complete there, but not released as far as is known here.
+    Undecided,
+}
+
+impl GuestPlace {
+    /// All places, for the wire's numbering.
+    pub(crate) const ALL: [Self; 6] = [
+        Self::RunningAtSource,
+        Self::PausedAtSource,
+        Self::AtSource,
+        Self::RunningAtDestination,
+        Self::PausedAtDestination,
+        Self::Undecided,
+    ];
+}
+
+impl fmt::Display for GuestPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::RunningAtSource => "running at the source",
+            Self::PausedAtSource => "paused at the source",
+            Self::AtSource => "at the source",
+            Self::RunningAtDestination => "running at the destination",
+            Self::PausedAtDestination => "paused at the destination",
+            Self::Undecided => "undecided",
+        })
+    }
+}
+
+/// An error of a migration.
+#[derive(Debug, thiserror::Error)]
+#[error("{side}, {phase}: {cause}; the guest is {guest}")]
+pub struct MigrationError {
+    /// Which side reports it.
+    pub side: Side,
+    /// What the migration was busy with.
+    pub phase: Phase,
+    /// Where the guest is now.
+    pub guest: GuestPlace,
+    /// What went wrong.
+    #[source]
+    pub cause: Cause,
+}
+
+/// A step that takes a VMM's own code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MachineStep {
+    /// Making a dirty tracker.
+    Track,
+    /// Pausing the guest.
+    Pause,
+    /// Resuming the guest.
+    Resume,
+    /// Reading device state.
+    Save,
+    /// Loading device state.
+    Load,
+}
+
+impl fmt::Display for MachineStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Track => "track the guest's writes",
+            Self::Pause => "pause the guest",
+            Self::Resume => "resume the guest",
+            Self::Save => "save the device state",
+            Self::Load => "load the device state",
+        })
+    }
+}
+
+/// What went wrong in a migration.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Cause {
+    /// A call on a channel or file failed.
+    #[error("could not {doing} {target}: {source}")]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        target: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The address cannot be used.
+    #[error("{0}")]
+    Uri(#[from] crate::channel::UriError),
+    /// The peer closed a channel in the middle of things.
+    #[error("the peer closed {channel}")]
+    Closed {
+        /// Which channel.
+        channel: String,
+    },
+    /// Nothing was heard from the peer for too long.
+    #[error("nothing was heard from the peer for {after:?} while waiting for {waiting_for}")]
+    Silent {
+        /// What was expected.
+        waiting_for: &'static str,
+        /// How long.
+        after: Duration,
+    },
+    /// Bytes that are not what the wire format says.
+    #[error("{channel}: {source}")]
+    Wire {
+        /// Which channel.
+        channel: String,
+        /// What was wrong.
+        source: WireError,
+    },
+    /// The peer sent a message that does not belong here.
+    #[error("the peer sent {message} while {expected} was expected")]
+    Unexpected {
+        /// What came.
+        message: &'static str,
+        /// What should have come.
+        expected: &'static str,
+    },
+    /// The peer refused the connection or the migration.
+    #[error("the {by} refused: {reason}")]
+    Refused {
+        /// Who refused.
+        by: Side,
+        /// Why, in its words.
+        reason: String,
+    },
+    /// This side refuses what the peer asks.
+    #[error("refused: {reason}")]
+    Incompatible {
+        /// Why.
+        reason: String,
+    },
+    /// The peer failed and said why.
+    #[error("the {by} failed: {reason}")]
+    Peer {
+        /// Who failed.
+        by: Side,
+        /// Why, in its words.
+        reason: String,
+    },
+    /// Cancelled on this side.
+    #[error("cancelled")]
+    Cancelled,
+    /// Cancelled on the other side.
+    #[error("cancelled at the {by}")]
+    CancelledByPeer {
+        /// Who cancelled.
+        by: Side,
+    },
+    /// The VMM's own code failed.
+    #[error("could not {step}: {source}")]
+    Machine {
+        /// At what.
+        step: MachineStep,
+        /// Its error.
+        source: MachineError,
+    },
+    /// Device state beyond what is allowed.
+    #[error("the device state is larger than {limit_bytes} bytes")]
+    DeviceStateTooLarge {
+        /// The limit.
+        limit_bytes: u64,
+    },
+    /// Guest memory could not be accessed.
+    #[error("{0}")]
+    Memory(#[from] MemoryError),
+    /// Dirty tracking failed.
+    #[error("{0}")]
+    Tracker(#[from] TrackerError),
+    /// A parameter is out of range or in conflict.
+    #[error("{0}")]
+    Parameter(#[from] ParameterError),
+    /// The guest's ownership forbids it.
+    #[error("{0}")]
+    Guest(#[from] GuestError),
+    /// Released, and nothing heard since.
+    #[error(
+        "the guest was released to the destination, and for {after:?} it could not be reached to say whether it runs \
+         there; ask there, then either leave this side stopped (quit) or take the guest back (cont --take-back)"
+    )]
+    Unreachable {
+        /// How long reconnection was tried.
+        after: Duration,
+    },
+    /// A thread of the engine could not be started, or ended without an answer.
+    #[error("a thread of the engine ({thread}) {what}")]
+    Thread {
+        /// Which.
+        thread: &'static str,
+        /// What happened to it.
+        what: String,
+    },
+}
+
+/// Why a guest cannot be started, stopped or migrated here now.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GuestError {
+    /// It is on its way in.
+    #[error("the guest is not here yet: this side waits for an incoming migration")]
+    NotHereYet,
+    /// It has gone.
+    #[error("the guest is not here any more: it was migrated away and belongs to the destination")]
+    Gone,
+    /// It is being handed over at this moment.
+    #[error("the guest is being handed over; try again when the migration has ended")]
+    InHandover,
+    /// It was released and nobody knows whether it runs at the other side.
+    #[error(
+        "the guest was released to the other side, which may be running it; make sure that it is not, then take it \
+         back by decision (cont --take-back)"
+    )]
+    Undecided,
+    /// A decision was given though nothing is undecided.
+    #[error("nothing is undecided here: the guest is {0}")]
+    NothingToDecide(GuestPlace),
+    /// A migration is running already.
+    #[error("a migration of this guest is running already")]
+    Busy,
+    /// The guest is here, so none can come in.
+    #[error("a guest is here already: it cannot be replaced by an incoming one")]
+    Occupied,
+    /// The VMM's own code failed.
+    #[error("could not {step}: {source}")]
+    Machine {
+        /// At what.
+        step: MachineStep,
+        /// Its error.
+        source: MachineError,
+    },
+}

@@ -1,0 +1,223 @@
+//! A machine and the right to run it.
+//!
+//! [`Guest`] is the gate through which everybody starts and stops the machine: the VMM's own commands and the
+//! migration. What must stay true: `Machine::resume` is called only here, and only while this side owns the guest.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::Serialize;
+
+use crate::error::{GuestError, GuestPlace, MachineStep, Side};
+use crate::machine::Machine;
+
+/// Who may run the guest, seen from this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ownership {
+    /// This side, which starts and stops it as it likes.
+    Here,
+    /// This side, but it is paused for a switchover that may give it away.
+    HandingOver,
+    /// Nobody on this side until the other side, or a person, says so.
+    Undecided,
+    /// The other side, for good.
+    Gone,
+    /// The other side; it may come in.
+    Awaited,
+}
+
+#[derive(Debug)]
+struct State {
+    ownership: Ownership,
+    /// It runs here.
+    running: bool,
+    /// It has gone, and runs there.
+    runs_there: bool,
+    migrating: bool,
+}
+
+/// A machine and the right to run it. All methods may be called from any thread.
+pub struct Guest {
+    machine: Arc<dyn Machine>,
+    state: Mutex<State>,
+}
+
+impl fmt::Debug for Guest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Guest").field("state", &*self.state()).finish_non_exhaustive()
+    }
+}
+
+impl Guest {
+    /// A guest that is here, paused. [`cont`](Self::cont) starts it.
+    pub fn new(machine: Arc<dyn Machine>) -> Arc<Self> {
+        Self::with(machine, Ownership::Here)
+    }
+
+    /// A guest that will come in by a migration.
+    pub fn awaited(machine: Arc<dyn Machine>) -> Arc<Self> {
+        Self::with(machine, Ownership::Awaited)
+    }
+
+    fn with(machine: Arc<dyn Machine>, ownership: Ownership) -> Arc<Self> {
+        Arc::new(Self { machine, state: Mutex::new(State { ownership, running: false, runs_there: false, migrating: false }) })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The machine itself.
+    pub fn machine(&self) -> &Arc<dyn Machine> {
+        &self.machine
+    }
+
+    /// Who may run it.
+    pub fn ownership(&self) -> Ownership {
+        self.state().ownership
+    }
+
+    /// Whether it runs here.
+    pub fn is_running(&self) -> bool {
+        self.state().running
+    }
+
+    /// Where the guest is, as far as `side` of a migration can know.
+    pub fn place(&self, side: Side) -> GuestPlace {
+        let state = self.state();
+        match (state.ownership, side, state.running) {
+            (Ownership::Undecided, ..) => GuestPlace::Undecided,
+            (Ownership::Gone, ..) if state.runs_there => GuestPlace::RunningAtDestination,
+            (Ownership::Gone, ..) => GuestPlace::PausedAtDestination,
+            (Ownership::Awaited, ..) => GuestPlace::AtSource,
+            (_, Side::Source, true) => GuestPlace::RunningAtSource,
+            (_, Side::Source, false) => GuestPlace::PausedAtSource,
+            (_, Side::Destination, true) => GuestPlace::RunningAtDestination,
+            (_, Side::Destination, false) => GuestPlace::PausedAtDestination,
+        }
+    }
+
+    /// Starts or restarts the guest.
+    ///
+    /// # Errors
+    /// When it is not this side's to run, or the machine fails to.
+    pub fn cont(&self) -> Result<(), GuestError> {
+        let mut state = self.state();
+        Self::must_be_here(&state)?;
+        self.resume(&mut state)
+    }
+
+    /// Pauses the guest. A migration under way goes on, and it arrives paused.
+    ///
+    /// # Errors
+    /// When it is not here, or the machine fails to pause.
+    pub fn stop(&self) -> Result<(), GuestError> {
+        let mut state = self.state();
+        Self::must_be_here(&state)?;
+        self.pause(&mut state)
+    }
+
+    fn must_be_here(state: &State) -> Result<(), GuestError> {
+        match state.ownership {
+            Ownership::Here => Ok(()),
+            Ownership::HandingOver => Err(GuestError::InHandover),
+            Ownership::Undecided => Err(GuestError::Undecided),
+            Ownership::Gone => Err(GuestError::Gone),
+            Ownership::Awaited => Err(GuestError::NotHereYet),
+        }
+    }
+
+    fn resume(&self, state: &mut State) -> Result<(), GuestError> {
+        if !state.running {
+            self.machine
+                .resume()
+                .map_err(|source| GuestError::Machine { step: MachineStep::Resume, source })?;
+            state.running = true;
+        }
+        Ok(())
+    }
+
+    fn pause(&self, state: &mut State) -> Result<(), GuestError> {
+        if state.running {
+            self.machine.pause().map_err(|source| GuestError::Machine { step: MachineStep::Pause, source })?;
+            state.running = false;
+        }
+        Ok(())
+    }
+
+    /// An outgoing migration begins.
+    pub(crate) fn begin_outgoing(&self) -> Result<(), GuestError> {
+        let mut state = self.state();
+        Self::must_be_here(&state)?;
+        if std::mem::replace(&mut state.migrating, true) { Err(GuestError::Busy) } else { Ok(()) }
+    }
+
+    /// An incoming migration may come. A guest that has gone may come back.
+    pub(crate) fn begin_incoming(&self) -> Result<(), GuestError> {
+        let mut state = self.state();
+        match state.ownership {
+            Ownership::Awaited | Ownership::Gone if state.migrating => Err(GuestError::Busy),
+            Ownership::Awaited | Ownership::Gone => {
+                state.ownership = Ownership::Awaited;
+                state.migrating = true;
+                Ok(())
+            }
+            _ => Err(GuestError::Occupied),
+        }
+    }
+
+    /// The migration, either way, is over.
+    pub(crate) fn end_migration(&self) {
+        self.state().migrating = false;
+    }
+
+    /// Pauses for the switchover; tells whether the guest was running. The caller gives it back with
+    /// [`own`](Self::own), or away with [`undecided`](Self::undecided).
+    pub(crate) fn hand_over(&self) -> Result<bool, GuestError> {
+        let mut state = self.state();
+        Self::must_be_here(&state)?;
+        let was_running = state.running;
+        self.pause(&mut state)?;
+        state.ownership = Ownership::HandingOver;
+        Ok(was_running)
+    }
+
+    /// From here on the other side may run it: Release is about to be sent, or everything has arrived here and
+    /// Ready is about to be.
+    pub(crate) fn undecided(&self) {
+        self.state().ownership = Ownership::Undecided;
+    }
+
+    /// The guest is this side's again, or has become so; it goes on if `run` says so. It is this side's even if the
+    /// machine then fails to run.
+    pub(crate) fn own(&self, run: Resume) -> Result<(), GuestError> {
+        let mut state = self.state();
+        state.ownership = Ownership::Here;
+        match run {
+            Resume::StayPaused => Ok(()),
+            Resume::Run => self.resume(&mut state),
+        }
+    }
+
+    /// It is the other side's for good, where it runs if `run` says so.
+    pub(crate) fn gone(&self, run: Resume) {
+        let mut state = self.state();
+        state.ownership = Ownership::Gone;
+        state.runs_there = run == Resume::Run;
+    }
+
+    /// It will not come in by this session; another may.
+    pub(crate) fn await_again(&self) {
+        self.state().ownership = Ownership::Awaited;
+    }
+}
+
+/// Whether a guest that becomes this side's runs at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Resume {
+    /// It does.
+    Run,
+    /// It stays paused, as it was before.
+    StayPaused,
+}

@@ -1,0 +1,37 @@
+//! Dunlin moves running virtual machines from one process to another.
+//!
+//! A VMM implements [`Machine`](machine::Machine) for its machines, puts each into a [`Guest`], and calls
+//! [`Source::start`] on one side and [`Destination::listen`] on the other. Everything else happens on the engine's
+//! own threads: dirty tracking, rounds, convergence, switchover, and a handover in which at no instant both sides may
+//! run the guest. `examples/embed.rs` is a whole program.
+//!
+//! The engine knows no hypervisor, no monitor and no command line. It never prints, never exits, and has no globals:
+//! two migrations in one process do not know of each other.
+
+#![deny(unsafe_code)]
+
+pub mod error;
+pub mod handover;
+pub mod machine;
+#[allow(unsafe_code)]
+pub mod memory;
+pub mod parameters;
+pub mod report;
+pub mod units;
+
+#[allow(unsafe_code)]
+mod channel;
+mod destination;
+mod guest;
+mod page;
+mod source;
+mod wire;
+
+pub use channel::{Uri, UriError};
+pub use destination::Destination;
+pub use error::{Cause, GuestError, GuestPlace, MigrationError, Side};
+pub use guest::{Guest, Ownership};
+pub use machine::{Machine, MachineError, StateSection};
+pub use parameters::{Parameters, PARAMETERS};
+pub use report::{Report, Status};
+pub use source::Source;

@@ -1,0 +1,234 @@
+//! Dirty tracking without a hypervisor: userfaultfd write protection and `PAGEMAP_SCAN`.
+//!
+//! Sees every write through this process's mapping: by vCPUs of any hypervisor, by the VMM's own threads and by
+//! system calls. It does not see writes through another mapping of the same memfd (another process, or `pwrite`):
+//! whoever writes so must tell by itself.
+
+use std::ops::Range;
+use std::sync::Mutex;
+
+use super::pagemap::{AfterScan, PageMap};
+use super::userfault::Userfault;
+use super::{DirtyBitmap, DirtyTracker, PAGE_SIZE, Ram, TrackerError};
+
+/// [`DirtyTracker`] on userfaultfd `WP_ASYNC`, for anonymous, memfd and hugetlb memory. On hugetlb the kernel tracks
+/// whole huge pages.
+#[derive(Debug)]
+pub struct WriteProtectTracker {
+    ram: Ram,
+    pagemap: PageMap,
+    userfault: Mutex<Option<Userfault>>,
+}
+
+impl WriteProtectTracker {
+    /// A tracker for `ram`. Nothing is tracked until it is started.
+    ///
+    /// # Errors
+    /// When `/proc/self/pagemap` cannot be opened.
+    pub fn new(ram: &Ram) -> Result<Self, TrackerError> {
+        let pagemap = PageMap::open().map_err(|source| TrackerError::NotPermitted { source })?;
+        Ok(Self { ram: ram.clone(), pagemap, userfault: Mutex::new(None) })
+    }
+
+    fn userfault(&self) -> std::sync::MutexGuard<'_, Option<Userfault>> {
+        self.userfault.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn scan(
+        &self,
+        block: usize,
+        range: Option<Range<u64>>,
+        after: AfterScan,
+        dirty: &DirtyBitmap,
+    ) -> Result<(), TrackerError> {
+        let blocks = self.ram.blocks();
+        let ram_block =
+            blocks.get(block).ok_or(TrackerError::UnknownBlock { block, blocks: blocks.len() })?;
+        let host = ram_block.host_range();
+        let base = host.start;
+        let addresses = match range {
+            None => host,
+            Some(range) => {
+                // The kernel wants whole huge pages.
+                let align = ram_block.host_page_size();
+                let start = range.start / align * align;
+                let end = range.end.div_ceil(align).saturating_mul(align).min(ram_block.size_bytes());
+                base.saturating_add(start)..base.saturating_add(end)
+            }
+        };
+        let page = |address: u64| (address.saturating_sub(base) / PAGE_SIZE) as usize;
+        self.pagemap
+            .scan(addresses, after, |written| dirty.set(page(written.start)..page(written.end)))
+            .map_err(|source| TrackerError::Kernel {
+                doing: "scan the page map of",
+                block: ram_block.name().to_owned(),
+                source,
+            })
+    }
+}
+
+impl DirtyTracker for WriteProtectTracker {
+    fn start(&self) -> Result<(), TrackerError> {
+        let userfault = Userfault::open()?;
+        for block in self.ram.blocks() {
+            userfault.protect(block.host_range()).map_err(|source| TrackerError::Kernel {
+                doing: "write-protect",
+                block: block.name().to_owned(),
+                source,
+            })?;
+        }
+        *self.userfault() = Some(userfault);
+        Ok(())
+    }
+
+    fn sync(&self, block: usize, dirty: &DirtyBitmap) -> Result<(), TrackerError> {
+        self.scan(block, None, AfterScan::Keep, dirty)
+    }
+
+    fn rearm(&self, block: usize, range: Range<u64>, dirty: &DirtyBitmap) -> Result<(), TrackerError> {
+        self.scan(block, Some(range), AfterScan::Protect, dirty)
+    }
+
+    fn stop(&self) {
+        if let Some(userfault) = self.userfault().take() {
+            for block in self.ram.blocks() {
+                userfault.unregister(block.host_range());
+            }
+        }
+    }
+}
+
+impl Drop for WriteProtectTracker {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::{FileOffset, MmapRegion};
+
+    use super::*;
+    use crate::memory::{CHUNK_SIZE, RamBlock};
+
+    const SIZE: u64 = 8 << 20;
+
+    fn memfd(flags: rustix::fs::MemfdFlags) -> Option<Ram> {
+        let fd = rustix::fs::memfd_create("test", flags).ok()?;
+        let file = std::fs::File::from(fd);
+        file.set_len(SIZE).ok()?;
+        let region: MmapRegion = MmapRegion::from_file(FileOffset::new(file, 0), SIZE as usize).ok()?;
+        Ram::new(vec![RamBlock::new("ram", Arc::new(region)).unwrap()]).ok()
+    }
+
+    fn kinds() -> Vec<(&'static str, Ram)> {
+        use rustix::fs::MemfdFlags;
+        let anonymous: MmapRegion = MmapRegion::new(SIZE as usize).unwrap();
+        let mut all = vec![
+            ("anonymous", Ram::new(vec![RamBlock::new("ram", Arc::new(anonymous)).unwrap()]).unwrap()),
+            ("memfd", memfd(MemfdFlags::CLOEXEC).unwrap()),
+        ];
+        match memfd(MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB) {
+            Some(ram) => all.push(("hugetlb", ram)),
+            None => println!("skipped: hugetlb: no free 2 MiB huge pages (set vm.nr_hugepages)"),
+        }
+        all
+    }
+
+    fn dirty_pages(bitmap: &DirtyBitmap) -> Vec<usize> {
+        (0..bitmap.chunks())
+            .flat_map(|c| bitmap.take_chunk(c).runs().flatten().map(move |p| c * 512 + p).collect::<Vec<_>>())
+            .collect()
+    }
+
+    /// What is written is reported, nothing else is, and only once.
+    #[test]
+    fn reports_exactly_what_was_written() {
+        for (kind, ram) in kinds() {
+            let block = &ram.blocks()[0];
+            let unit = (block.host_page_size() / PAGE_SIZE) as usize;
+            let tracker = WriteProtectTracker::new(&ram).unwrap();
+            // Some pages exist before tracking starts, some come into being under it.
+            block.write(0, &[1; 3 * 4096]).unwrap();
+            if let Err(error) = tracker.start() {
+                println!("skipped: {error}");
+                return;
+            }
+            let bitmap = DirtyBitmap::new(SIZE);
+            tracker.sync(0, &bitmap).unwrap();
+            assert_eq!(dirty_pages(&bitmap), [0usize; 0], "{kind}: nothing written yet");
+
+            let written = [1usize, 2, 700, 1300, 2047];
+            for page in written {
+                block.write(page as u64 * PAGE_SIZE + 17, &[7]).unwrap();
+            }
+            let mut expected: Vec<usize> = written.iter().flat_map(|p| p / unit * unit..p / unit * unit + unit).collect();
+            expected.dedup();
+            expected.sort_unstable();
+            expected.dedup();
+            for _ in 0..2 {
+                tracker.sync(0, &bitmap).unwrap();
+                assert_eq!(dirty_pages(&bitmap), expected, "{kind}: a look does not re-arm");
+            }
+            tracker.rearm(0, 0..CHUNK_SIZE, &bitmap).unwrap();
+            let first: Vec<usize> = expected.iter().copied().filter(|p| *p < 512).collect();
+            assert_eq!(dirty_pages(&bitmap), first, "{kind}");
+            tracker.sync(0, &bitmap).unwrap();
+            let rest: Vec<usize> = expected.iter().copied().filter(|p| *p >= 512).collect();
+            assert_eq!(dirty_pages(&bitmap), rest, "{kind}: the first chunk is re-armed");
+            block.write(5, &[7]).unwrap();
+            tracker.rearm(0, 0..CHUNK_SIZE, &bitmap).unwrap();
+            assert_eq!(dirty_pages(&bitmap), (0..unit).collect::<Vec<_>>(), "{kind}");
+            tracker.stop();
+            block.write(9 * PAGE_SIZE, &[7]).unwrap();
+        }
+    }
+
+    /// A writer at full speed against a reader that copies after re-arming: when the writer has stopped, the copy
+    /// equals the memory.
+    #[test]
+    fn no_write_is_lost() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        for (kind, ram) in kinds() {
+            let block = &ram.blocks()[0];
+            let tracker = WriteProtectTracker::new(&ram).unwrap();
+            if let Err(error) = tracker.start() {
+                println!("skipped: {error}");
+                return;
+            }
+            let bitmap = DirtyBitmap::new(SIZE);
+            let mut copy = vec![0u8; SIZE as usize];
+            let stop = AtomicBool::new(false);
+            let mut harvest = |copy: &mut Vec<u8>| {
+                tracker.sync(0, &bitmap).unwrap();
+                for chunk in bitmap.dirty_chunks().collect::<Vec<_>>() {
+                    let start = chunk as u64 * CHUNK_SIZE;
+                    tracker.rearm(0, start..start + CHUNK_SIZE, &bitmap).unwrap();
+                    for page in bitmap.take_chunk(chunk).runs().flatten() {
+                        let offset = start as usize + page * 4096;
+                        block.read(offset as u64, &mut copy[offset..offset + 4096]).unwrap();
+                    }
+                }
+            };
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut x = 1u64;
+                    while !stop.load(Ordering::Relaxed) {
+                        x = x.wrapping_mul(6364136223846793005).wrapping_add(1);
+                        block.write((x >> 20) % (SIZE - 8), &x.to_le_bytes()).unwrap();
+                    }
+                });
+                for _ in 0..200 {
+                    harvest(&mut copy);
+                }
+                stop.store(true, Ordering::Relaxed);
+            });
+            harvest(&mut copy);
+            let mut now = vec![0u8; SIZE as usize];
+            block.read(0, &mut now).unwrap();
+            assert!(copy == now, "{kind}: a write was lost");
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! What the user is told of a migration: one struct for both sides, from the first moment to after the end.
+//!
+//! Units are in the names: bytes, pages and seconds. A name means the same before, during and after, and nothing
+//! disappears when a migration fails or is cancelled.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::error::{GuestPlace, MigrationError, Phase, Side};
+
+/// Where a migration stands, in QEMU's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Status {
+    /// None was started.
+    #[default]
+    None,
+    /// Connecting and agreeing; on the destination, listening.
+    Setup,
+    /// RAM travels while the guest runs.
+    Active,
+    /// The guest is paused; the last pages, the device state and the handover.
+    Device,
+    /// The guest is at the destination.
+    Completed,
+    /// It went wrong; `error` says how and where the guest is.
+    Failed,
+    /// Being cancelled.
+    Cancelling,
+    /// Cancelled.
+    Cancelled,
+}
+
+impl Status {
+    /// Whether the migration is over, one way or the other.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::Setup => "setup",
+            Self::Active => "active",
+            Self::Device => "device",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelling => "cancelling",
+            Self::Cancelled => "cancelled",
+        })
+    }
+}
+
+/// The report of a migration, as either side has it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Whose report this is.
+    pub side: Side,
+    /// Where the migration stands.
+    pub status: Status,
+    /// Where the guest is, as far as this side knows.
+    pub guest: GuestPlace,
+    /// Session id, in hexadecimal, once there is one.
+    pub session: Option<String>,
+    /// From the start of the migration to its end, or to now.
+    pub total_seconds: f64,
+    /// Of these, until the first page.
+    pub setup_seconds: f64,
+    /// vCPUs stopped at the source to vCPUs running at the destination; on a failed switchover, to running at the
+    /// source again. Zero while neither has happened.
+    pub downtime_seconds: f64,
+    /// The ceiling asked for.
+    pub downtime_limit_seconds: f64,
+    /// What the downtime would be if the guest were stopped now; at the end, what was predicted when it was.
+    pub predicted_downtime_seconds: Option<f64>,
+    /// What the downtime was made of, once the guest was stopped.
+    pub downtime_parts: Option<DowntimeParts>,
+    /// Every pass over the dirty bitmap, in order; the last one with the guest stopped.
+    pub rounds: Vec<Round>,
+    /// RAM.
+    pub ram: RamReport,
+    /// Bytes of device state sent or received.
+    pub device_state_bytes: u64,
+    /// Bytes on all channels a second, over the last round with the guest running; after the end, over all of them.
+    pub bandwidth_bytes_per_second: u64,
+    /// Bytes of RAM the guest dirties a second, as of the last round.
+    pub dirty_bytes_per_second: u64,
+    /// Why the migration is not converging, in a sentence, while it is not.
+    pub not_converging: Option<String>,
+    /// Every data channel.
+    pub channels: Vec<ChannelReport>,
+    /// CPU time of the engine's threads on each side, where known.
+    pub cpu_seconds: CpuSeconds,
+    /// Connections that the destination refused or that lost their way, and the latest of them.
+    pub refused_connections: RefusedConnections,
+    /// What went wrong, if something did.
+    pub error: Option<ErrorReport>,
+}
+
+impl Report {
+    /// An empty report.
+    pub fn new(side: Side, guest: GuestPlace) -> Self {
+        Self {
+            side,
+            status: Status::None,
+            guest,
+            session: None,
+            total_seconds: 0.0,
+            setup_seconds: 0.0,
+            downtime_seconds: 0.0,
+            downtime_limit_seconds: 0.0,
+            predicted_downtime_seconds: None,
+            downtime_parts: None,
+            rounds: Vec::new(),
+            ram: RamReport::default(),
+            device_state_bytes: 0,
+            bandwidth_bytes_per_second: 0,
+            dirty_bytes_per_second: 0,
+            not_converging: None,
+            channels: Vec::new(),
+            cpu_seconds: CpuSeconds::default(),
+            refused_connections: RefusedConnections::default(),
+            error: None,
+        }
+    }
+}
+
+/// The parts of a downtime, in the order in which they happen. They add up to it, but for rounding.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct DowntimeParts {
+    /// Stopping the vCPUs.
+    pub pause_seconds: f64,
+    /// Finding and sending the last dirty pages.
+    pub ram_seconds: f64,
+    /// Reading and sending the device state.
+    pub device_state_seconds: f64,
+    /// Loading and checking at the destination.
+    pub load_seconds: f64,
+    /// From Ready to Running: the decision and the resume.
+    pub handover_seconds: f64,
+}
+
+/// Figures of RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct RamReport {
+    /// The guest's RAM.
+    pub total_bytes: u64,
+    /// RAM that is dirty and not yet sent.
+    pub remaining_bytes: u64,
+    /// Bytes sent or received on all channels, frames and messages included.
+    pub transferred_bytes: u64,
+    /// Pages of 4096 bytes sent or received, by the kind they travelled as.
+    pub pages: PageCounts,
+}
+
+/// Pages by kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct PageCounts {
+    /// All zeros: only the fact travelled.
+    pub zero: u64,
+    /// As they are.
+    pub plain: u64,
+}
+
+/// One pass over the dirty bitmap.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Round {
+    /// Counted from 1.
+    pub number: u32,
+    /// How long it took, until the destination had placed all of it.
+    pub seconds: f64,
+    /// RAM covered.
+    pub ram_bytes: u64,
+    /// Bytes on all channels.
+    pub transferred_bytes: u64,
+    /// Pages by kind.
+    pub pages: PageCounts,
+    /// RAM that was dirty again at its end.
+    pub dirty_bytes: u64,
+    /// Bytes on all channels a second.
+    pub bandwidth_bytes_per_second: u64,
+    /// Bytes of RAM the guest dirtied a second.
+    pub dirty_bytes_per_second: u64,
+    /// The downtime predicted at its end.
+    pub predicted_downtime_seconds: f64,
+}
+
+/// Figures of one data channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct ChannelReport {
+    /// Its number.
+    pub index: u8,
+    /// Bytes sent or received.
+    pub transferred_bytes: u64,
+    /// Frames sent or received.
+    pub frames: u64,
+    /// Pages by kind.
+    pub pages: PageCounts,
+}
+
+/// CPU time of the engine's threads.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct CpuSeconds {
+    /// At the source.
+    pub source: Option<f64>,
+    /// At the destination.
+    pub destination: Option<f64>,
+}
+
+/// Connections that came to nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct RefusedConnections {
+    /// How many.
+    pub count: u64,
+    /// The latest: from where, and why.
+    pub latest: Option<String>,
+}
+
+/// An error, as the report carries it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ErrorReport {
+    /// The whole sentence.
+    pub message: String,
+    /// Which side says so.
+    pub side: Side,
+    /// What it was busy with.
+    pub phase: Phase,
+    /// Where the guest is.
+    pub guest: GuestPlace,
+}
+
+impl From<&MigrationError> for ErrorReport {
+    fn from(error: &MigrationError) -> Self {
+        Self { message: error.to_string(), side: error.side, phase: error.phase, guest: error.guest }
+    }
+}

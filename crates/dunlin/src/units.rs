@@ -1,0 +1,139 @@
+//! Quantities as people write them: `2G`, `300M/s`, `1.5GiB`, `250ms`.
+//!
+//! As in QEMU, `K`, `M`, `G` and `T` are powers of 1024; so are `KiB` to `TiB`. `KB` to `TB` are powers of 1000.
+
+use std::time::Duration;
+
+/// A quantity that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not {expected}")]
+pub struct QuantityError {
+    /// What was given.
+    pub text: String,
+    /// What it should have been, with examples.
+    pub expected: &'static str,
+}
+
+const SIZE: &str = "a size in bytes, such as 4096, 512M, 2G or 1.5GiB";
+const RATE: &str = "a rate in bytes a second, such as 50M/s, 1.2G/s or 0";
+const DURATION: &str = "a duration, such as 300ms, 2s or 1.5min";
+
+fn scaled(text: &str, expected: &'static str, scale: impl Fn(&str) -> Option<f64>) -> Result<f64, QuantityError> {
+    let error = || QuantityError { text: text.to_owned(), expected };
+    let trimmed = text.trim();
+    let split = trimmed.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(trimmed.len());
+    let (number, suffix) = trimmed.split_at(split);
+    let number: f64 = number.parse().map_err(|_| error())?;
+    let value = number * scale(suffix.trim()).ok_or_else(error)?;
+    if value.is_finite() && value <= u64::MAX as f64 { Ok(value) } else { Err(error()) }
+}
+
+fn size_scale(suffix: &str) -> Option<f64> {
+    const SUFFIXES: [(&str, i32); 4] = [("k", 1), ("m", 2), ("g", 3), ("t", 4)];
+    let suffix = suffix.to_ascii_lowercase();
+    if suffix.is_empty() || suffix == "b" {
+        return Some(1.0);
+    }
+    SUFFIXES.iter().find_map(|(letter, power)| match suffix.strip_prefix(letter)? {
+        "" | "ib" => Some(1024f64.powi(*power)),
+        "b" => Some(1000f64.powi(*power)),
+        _ => None,
+    })
+}
+
+/// Reads a size in bytes.
+///
+/// # Errors
+/// When it is not one.
+pub fn parse_size(text: &str) -> Result<u64, QuantityError> {
+    // Whole numbers keep all their digits, which a detour over floating point would not.
+    if let Ok(bytes) = text.trim().parse() {
+        return Ok(bytes);
+    }
+    scaled(text, SIZE, size_scale).map(|bytes| bytes as u64)
+}
+
+/// Reads a rate in bytes a second; `/s` may be left out.
+///
+/// # Errors
+/// When it is not one.
+pub fn parse_rate(text: &str) -> Result<u64, QuantityError> {
+    let size = text.trim().strip_suffix("/s").unwrap_or(text);
+    parse_size(size).map_err(|_| QuantityError { text: text.to_owned(), expected: RATE })
+}
+
+/// Reads a duration. A bare number counts `bare` units.
+///
+/// # Errors
+/// When it is not one.
+pub fn parse_duration(text: &str, bare: Duration) -> Result<Duration, QuantityError> {
+    let seconds = scaled(text, DURATION, |suffix| match suffix {
+        "" => Some(bare.as_secs_f64()),
+        "ns" => Some(1e-9),
+        "us" | "µs" => Some(1e-6),
+        "ms" => Some(1e-3),
+        "s" => Some(1.0),
+        "min" => Some(60.0),
+        _ => None,
+    })?;
+    Duration::try_from_secs_f64(seconds)
+        .map_err(|_| QuantityError { text: text.to_owned(), expected: DURATION })
+}
+
+/// A size for people: `512 B`, `1.50 GiB`.
+pub fn format_size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = "B";
+    for next in UNITS {
+        unit = next;
+        if value < 1024.0 || next == "TiB" {
+            break;
+        }
+        value /= 1024.0;
+    }
+    if unit == "B" { format!("{bytes} B") } else { format!("{value:.2} {unit}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("18446744073709551615", u64::MAX),
+            ("2G", 2 << 30),
+            ("2g", 2 << 30),
+            ("1.5GiB", 3 << 29),
+            ("64KB", 64_000),
+            ("1 M", 1 << 20),
+            ("3B", 3),
+        ] {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "G", "1X", "-1", "1e3", "99999999T", "1.2.3", "2Gi", "nan"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn rates_and_durations() {
+        assert_eq!(parse_rate("300M/s"), Ok(300 << 20));
+        assert_eq!(parse_rate("1MB/s"), Ok(1_000_000));
+        assert!(parse_rate("300M/h").is_err());
+        let ms = Duration::from_millis(1);
+        assert_eq!(parse_duration("300", ms), Ok(300 * ms));
+        assert_eq!(parse_duration("1.5s", ms), Ok(1500 * ms));
+        assert!(parse_duration("5 parsecs", ms).is_err());
+    }
+
+    #[test]
+    fn sizes_for_people() {
+        assert_eq!(format_size(1023), "1023 B");
+        assert_eq!(format_size(1536), "1.50 KiB");
+        assert_eq!(format_size(5 << 40), "5.00 TiB");
+    }
+}
