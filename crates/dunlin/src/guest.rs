@@ -61,7 +61,10 @@ impl Guest {
     }
 
     fn with(machine: Arc<dyn Machine>, ownership: Ownership) -> Arc<Self> {
-        Arc::new(Self { machine, state: Mutex::new(State { ownership, running: false, runs_there: false, migrating: false }) })
+        Arc::new(Self {
+            machine,
+            state: Mutex::new(State { ownership, running: false, runs_there: false, migrating: false }),
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -130,9 +133,7 @@ impl Guest {
 
     fn resume(&self, state: &mut State) -> Result<(), GuestError> {
         if !state.running {
-            self.machine
-                .resume()
-                .map_err(|source| GuestError::Machine { step: MachineStep::Resume, source })?;
+            self.machine.resume().map_err(|source| GuestError::Machine { step: MachineStep::Resume, source })?;
             state.running = true;
         }
         Ok(())

@@ -213,15 +213,16 @@ impl Model for Handover {
             Property::always("both alive and the link back: exactly one owner", |_, world: &World| {
                 !(world.source_alive && world.destination_alive) || world.settle().owners() == 1
             }),
-            Property::always("source dead before Release: a person can bring up what was ready", |_, world| {
+            Property::always("source dead before Release: a person can bring up what was ready", |_, world: &World| {
                 let mut late = world.clone();
-                let ready = !world.source_alive && world.destination_alive && world.destination == DestinationState::Ready;
+                let ready =
+                    !world.source_alive && world.destination_alive && world.destination == DestinationState::Ready;
                 if ready {
                     late.destination(DestinationEvent::TakeOver);
                 }
                 !ready || late.owners() == 1
             }),
-            Property::always("destination dead: the source has the guest or a person can take it back", |_, world| {
+            Property::always("destination dead: the source has the guest or a person can take it back", |_, world: &World| {
                 if !world.source_alive || world.destination_alive {
                     return true;
                 }

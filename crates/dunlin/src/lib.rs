@@ -32,6 +32,6 @@ pub use destination::Destination;
 pub use error::{Cause, GuestError, GuestPlace, MigrationError, Side};
 pub use guest::{Guest, Ownership};
 pub use machine::{Machine, MachineError, StateSection};
-pub use parameters::{Parameters, PARAMETERS};
+pub use parameters::{PARAMETERS, Parameters};
 pub use report::{Report, Status};
 pub use source::Source;

@@ -233,10 +233,9 @@ impl ParameterInfo {
             Unit::BytesPerSecond => units::parse_rate(text),
             Unit::Milliseconds => units::parse_duration(text, Duration::from_millis(1))
                 .map(|duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)),
-            Unit::Count => text.trim().parse().map_err(|_| QuantityError {
-                text: text.to_owned(),
-                expected: "a whole number",
-            }),
+            Unit::Count => {
+                text.trim().parse().map_err(|_| QuantityError { text: text.to_owned(), expected: "a whole number" })
+            }
         };
         parsed.map_err(|source| ParameterError::Text { name: self.name, source })
     }

@@ -76,8 +76,7 @@ pub fn parse_duration(text: &str, bare: Duration) -> Result<Duration, QuantityEr
         "min" => Some(60.0),
         _ => None,
     })?;
-    Duration::try_from_secs_f64(seconds)
-        .map_err(|_| QuantityError { text: text.to_owned(), expected: DURATION })
+    Duration::try_from_secs_f64(seconds).map_err(|_| QuantityError { text: text.to_owned(), expected: DURATION })
 }
 
 /// A size for people: `512 B`, `1.50 GiB`.

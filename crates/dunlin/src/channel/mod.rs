@@ -3,19 +3,9 @@
 //! Every transport gives [`Connection`]s: ordered, two-way byte streams over one socket. TCP and Unix sockets can have
 //! as many as wanted; `fd` and `exec` have a single one, which then carries control and pages together.
 
-mod connection;
-mod exec;
-mod fd;
-mod tcp;
-mod unix;
-
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
-
-pub(crate) use connection::{Connection, ReadHalf, SendHalf};
-
-use crate::error::Cause;
 
 /// Where a migration goes to or comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

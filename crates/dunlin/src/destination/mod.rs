@@ -23,24 +23,37 @@ impl Destination {
         Ok(Self {})
     }
     /// The address listened on, with the port that was chosen if it was 0.
-    pub fn local_uri(&self) -> &Uri { loop {} }
+    pub fn local_uri(&self) -> &Uri {
+        loop {}
+    }
     /// Where the current or latest migration stands.
-    pub fn report(&self) -> Report { loop {} }
+    pub fn report(&self) -> Report {
+        loop {}
+    }
     /// Ends the incoming migration. The guest goes on at the source.
     ///
     /// # Errors
     /// When the guest is here already.
-    pub fn cancel(&self) -> Result<(), MigrationError> { Ok(()) }
+    pub fn cancel(&self) -> Result<(), MigrationError> {
+        Ok(())
+    }
     /// Changes parameters under way.
     ///
     /// # Errors
     /// When one of them is not live.
-    pub fn set_parameters(&self, wanted: &Parameters) -> Result<(), ParameterError> { let _ = wanted; Ok(()) }
+    pub fn set_parameters(&self, wanted: &Parameters) -> Result<(), ParameterError> {
+        let _ = wanted;
+        Ok(())
+    }
     /// Waits until the guest is here, or no further migration can come in.
-    pub fn wait(&self) -> Report { loop {} }
+    pub fn wait(&self) -> Report {
+        loop {}
+    }
     /// A person's decision: the guest, complete here and not released as far as is known, is here.
     ///
     /// # Errors
     /// When nothing is undecided.
-    pub fn take_over(&self) -> Result<(), MigrationError> { Ok(()) }
+    pub fn take_over(&self) -> Result<(), MigrationError> {
+        Ok(())
+    }
 }

@@ -13,6 +13,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use rustix::mm::Advice;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestRegionMmap, MmapRegion};
 
 use super::PAGE_SIZE;
@@ -34,7 +35,7 @@ pub unsafe trait RamMapping: Send + Sync {
 }
 
 // SAFETY: an `MmapRegion` unmaps only when dropped, and is mapped as long as it lives.
-unsafe impl<B: Send + Sync> RamMapping for MmapRegion<B> {
+unsafe impl<B: Bitmap + Send + Sync> RamMapping for MmapRegion<B> {
     fn host_address(&self) -> NonNull<u8> {
         NonNull::new(self.as_ptr()).unwrap_or(NonNull::dangling())
     }
@@ -50,7 +51,7 @@ unsafe impl<B: Send + Sync> RamMapping for MmapRegion<B> {
 }
 
 // SAFETY: a `GuestRegionMmap` holds its `MmapRegion`.
-unsafe impl<B: Send + Sync> RamMapping for GuestRegionMmap<B> {
+unsafe impl<B: Bitmap + Send + Sync> RamMapping for GuestRegionMmap<B> {
     fn host_address(&self) -> NonNull<u8> {
         RamMapping::host_address(&**self)
     }
@@ -370,7 +371,7 @@ impl Ram {
     /// As [`RamBlock::new`] and [`Ram::new`].
     pub fn from_guest_memory<B>(memory: &vm_memory::GuestMemoryMmap<B>) -> Result<Self, MemoryError>
     where
-        B: vm_memory::bitmap::Bitmap + Send + Sync + 'static,
+        B: Bitmap + Send + Sync + 'static,
     {
         use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
         let blocks = memory

@@ -106,4 +106,3 @@ fn scan_once(file: &File, arg: &mut sys::pm_scan_arg) -> io::Result<usize> {
         }
     }
 }
-

@@ -46,11 +46,8 @@ impl Userfault {
     /// Registers `range` (addresses, page-aligned) and protects all of it.
     pub(super) fn protect(&self, range: Range<u64>) -> io::Result<()> {
         let uffd_range = sys::uffdio_range { start: range.start, len: range.end.saturating_sub(range.start) };
-        let mut register = sys::uffdio_register {
-            range: uffd_range,
-            mode: u64::from(sys::UFFDIO_REGISTER_MODE_WP),
-            ioctls: 0,
-        };
+        let mut register =
+            sys::uffdio_register { range: uffd_range, mode: u64::from(sys::UFFDIO_REGISTER_MODE_WP), ioctls: 0 };
         // SAFETY: `register` is what UFFDIO_REGISTER takes; registering changes no contents.
         unsafe { update::<{ UFFDIO_REGISTER as Opcode }, _>(&self.fd, &mut register) }?;
         let mut protect = sys::uffdio_writeprotect { range: uffd_range, mode: WRITEPROTECT_MODE_WP };
@@ -98,10 +95,7 @@ fn missing_features(wanted: u64) -> String {
         // SAFETY: `api` is what UFFDIO_API takes.
         .and_then(|fd| unsafe { update::<{ UFFDIO_API as Opcode }, _>(&fd, &mut api) })
         .map_or(0, |()| api.features);
-    let missing: Vec<&str> = FEATURES
-        .iter()
-        .filter(|(bit, _)| wanted & !available & u64::from(*bit) != 0)
-        .map(|(_, name)| *name)
-        .collect();
+    let missing: Vec<&str> =
+        FEATURES.iter().filter(|(bit, _)| wanted & !available & u64::from(*bit) != 0).map(|(_, name)| *name).collect();
     missing.join(", ")
 }

@@ -42,8 +42,7 @@ impl WriteProtectTracker {
         dirty: &DirtyBitmap,
     ) -> Result<(), TrackerError> {
         let blocks = self.ram.blocks();
-        let ram_block =
-            blocks.get(block).ok_or(TrackerError::UnknownBlock { block, blocks: blocks.len() })?;
+        let ram_block = blocks.get(block).ok_or(TrackerError::UnknownBlock { block, blocks: blocks.len() })?;
         let host = ram_block.host_range();
         let base = host.start;
         let addresses = match range {
@@ -57,13 +56,9 @@ impl WriteProtectTracker {
             }
         };
         let page = |address: u64| (address.saturating_sub(base) / PAGE_SIZE) as usize;
-        self.pagemap
-            .scan(addresses, after, |written| dirty.set(page(written.start)..page(written.end)))
-            .map_err(|source| TrackerError::Kernel {
-                doing: "scan the page map of",
-                block: ram_block.name().to_owned(),
-                source,
-            })
+        self.pagemap.scan(addresses, after, |written| dirty.set(page(written.start)..page(written.end))).map_err(
+            |source| TrackerError::Kernel { doing: "scan the page map of", block: ram_block.name().to_owned(), source },
+        )
     }
 }
 
@@ -164,7 +159,8 @@ mod tests {
             for page in written {
                 block.write(page as u64 * PAGE_SIZE + 17, &[7]).unwrap();
             }
-            let mut expected: Vec<usize> = written.iter().flat_map(|p| p / unit * unit..p / unit * unit + unit).collect();
+            let mut expected: Vec<usize> =
+                written.iter().flat_map(|p| p / unit * unit..p / unit * unit + unit).collect();
             expected.dedup();
             expected.sort_unstable();
             expected.dedup();
@@ -201,7 +197,7 @@ mod tests {
             let bitmap = DirtyBitmap::new(SIZE);
             let mut copy = vec![0u8; SIZE as usize];
             let stop = AtomicBool::new(false);
-            let mut harvest = |copy: &mut Vec<u8>| {
+            let harvest = |copy: &mut Vec<u8>| {
                 tracker.sync(0, &bitmap).unwrap();
                 for chunk in bitmap.dirty_chunks().collect::<Vec<_>>() {
                     let start = chunk as u64 * CHUNK_SIZE;

@@ -22,27 +22,40 @@ impl Source {
         Ok(Self {})
     }
     /// Where it stands, at any time.
-    pub fn report(&self) -> Report { loop {} }
+    pub fn report(&self) -> Report {
+        loop {}
+    }
     /// Asks for an end. The guest goes on here, unless it was released already.
     ///
     /// # Errors
     /// When the guest was released to the destination, or the migration is over.
-    pub fn cancel(&self) -> Result<(), MigrationError> { Ok(()) }
+    pub fn cancel(&self) -> Result<(), MigrationError> {
+        Ok(())
+    }
     /// Changes parameters under way.
     ///
     /// # Errors
     /// When one of them is not live.
-    pub fn set_parameters(&self, wanted: &Parameters) -> Result<(), ParameterError> { let _ = wanted; Ok(()) }
+    pub fn set_parameters(&self, wanted: &Parameters) -> Result<(), ParameterError> {
+        let _ = wanted;
+        Ok(())
+    }
     /// Waits for the end; may be called by several threads, and again.
-    pub fn wait(&self) -> Report { loop {} }
+    pub fn wait(&self) -> Report {
+        loop {}
+    }
     /// A person's decision: the guest, released and not heard of, is here.
     ///
     /// # Errors
     /// When nothing is undecided.
-    pub fn take_back(&self) -> Result<(), MigrationError> { Ok(()) }
+    pub fn take_back(&self) -> Result<(), MigrationError> {
+        Ok(())
+    }
     /// Tries again to reach the destination of a released guest.
     ///
     /// # Errors
     /// When nothing is undecided.
-    pub fn reconnect(&self) -> Result<(), MigrationError> { Ok(()) }
+    pub fn reconnect(&self) -> Result<(), MigrationError> {
+        Ok(())
+    }
 }

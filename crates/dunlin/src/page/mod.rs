@@ -1,0 +1,1 @@
+//! The kinds a page can travel as.
