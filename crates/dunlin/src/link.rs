@@ -14,7 +14,7 @@ use crate::channel::Connection;
 use crate::error::Cause;
 use crate::report::{ChannelReport, PageCounts};
 use crate::wire::{
-    FrameHeader, FrameType, HEADER_BYTES, HELLO_BYTES, Hello, HelloReply, Message, PageRun, REPLY_BYTES, WireError,
+    FrameHeader, FrameType, HEADER_BYTES, HELLO_BYTES, Hello, HelloReply, Message, PageRun, REPLY_BYTES, Role, SessionId, WireError,
     data_checksum, decode_runs, table_checksum,
 };
 
@@ -181,7 +181,13 @@ impl FrameReceiver {
 }
 
 /// Says hello on a new connection and waits for the answer.
-pub(crate) fn say_hello(connection: &Connection, hello: &Hello, timeout: Duration) -> Result<(), Cause> {
+pub(crate) fn say_hello(
+    connection: &Connection,
+    role: Role,
+    session: SessionId,
+    timeout: Duration,
+) -> Result<(), Cause> {
+    let hello = Hello { role, session };
     connection.set_receive_timeout(Some(timeout))?;
     connection.set_send_timeout(Some(timeout))?;
     connection.send_all(&mut [IoSlice::new(&hello.encode())])?;

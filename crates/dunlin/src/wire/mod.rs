@@ -18,6 +18,9 @@ pub(crate) use message::{
 };
 pub(crate) use pages::{ENTRY_BYTES, MAX_ENTRIES, PageRun, decode_runs, encode_run};
 
+/// The most device state that a migration may carry.
+pub(crate) const MAX_DEVICE_STATE_BYTES: u64 = 256 << 20;
+
 /// The version this crate speaks.
 pub(crate) const VERSION: u16 = 1;
 
