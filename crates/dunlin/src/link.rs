@@ -76,7 +76,7 @@ impl FrameSender {
         self.send_frame(message.frame_type(), &[], &message.encode())
     }
 
-    /// Sends a frame of pages. `checksum` covers the pages as the guest wrote them.
+    /// Sends a frame of pages: a table of runs and their encodings.
     pub(crate) fn send_pages(&mut self, table: &[u8], data: &[u8]) -> Result<(), Cause> {
         self.send_frame(FrameType::Pages, table, data)
     }
@@ -91,7 +91,7 @@ impl FrameSender {
             table_length: table.len() as u32,
             data_length: data.len() as u32,
             table_checksum: table_checksum(table),
-            data_checksum: data_checksum([data]),
+            data_checksum: data_checksum(data),
         };
         let header = header.encode();
         let mut pieces = [IoSlice::new(&header), IoSlice::new(table), IoSlice::new(data)];
@@ -165,7 +165,7 @@ impl FrameReceiver {
         }
         let mut body = vec![0; header.data_length as usize];
         self.connection.recv_exact(&mut body)?;
-        if data_checksum([body.as_slice()]) != header.data_checksum {
+        if data_checksum(&body) != header.data_checksum {
             return Err(self.wire(WireError::Checksum { what: "a message" }));
         }
         Message::decode(header.frame_type, &body).map(Received::Message).map_err(|e| self.wire(e))

@@ -127,9 +127,9 @@ pub(crate) enum Listener {
     Tcp(tcp::Listener),
     Unix(unix::Listener),
     /// Gives its connection once.
-    Fd(Uri, i32),
+    Fd(Uri),
     /// Runs its command for every connection.
-    Exec(Uri, String),
+    Exec(Uri),
 }
 
 impl Listener {
@@ -138,8 +138,8 @@ impl Listener {
         match uri {
             Uri::Tcp { host, port } => tcp::Listener::bind(uri, host, *port).map(Self::Tcp),
             Uri::Unix(path) => unix::Listener::bind(uri, path).map(Self::Unix),
-            Uri::Fd(number) => Ok(Self::Fd(uri.clone(), *number)),
-            Uri::Exec(command) => Ok(Self::Exec(uri.clone(), command.clone())),
+            Uri::Fd(_) => Ok(Self::Fd(uri.clone())),
+            Uri::Exec(_) => Ok(Self::Exec(uri.clone())),
         }
     }
 
@@ -148,7 +148,7 @@ impl Listener {
         match self {
             Self::Tcp(listener) => listener.local_uri(),
             Self::Unix(listener) => listener.local_uri(),
-            Self::Fd(uri, _) | Self::Exec(uri, _) => uri.clone(),
+            Self::Fd(uri) | Self::Exec(uri) => uri.clone(),
         }
     }
 }

@@ -83,10 +83,6 @@ struct Shared {
 }
 
 impl Shared {
-    fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Acquire)
-    }
-
     fn set_phase(&self, phase: Phase, status: Status) {
         *lock(&self.phase) = phase;
         let mut report = lock(&self.report);

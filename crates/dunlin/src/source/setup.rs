@@ -24,7 +24,6 @@ pub(super) struct DataChannel {
 /// The control connection and what keeps it alive. Dropping it ends the connection and its threads.
 pub(super) struct Control {
     pub(super) sender: SharedSender,
-    pub(super) heard: Arc<LastHeard>,
     connection: Arc<Connection>,
     pulse: Option<Pulse>,
     reader: Option<std::thread::JoinHandle<()>>,
@@ -44,13 +43,12 @@ impl Control {
         let heard = Arc::new(LastHeard::now());
         let pulse = Pulse::start(sender.clone(), heard.clone(), timeout)?;
         let mut receiver = FrameReceiver::new(connection.clone(), Arc::default());
-        let touched = heard.clone();
         let cpu = shared.cpu.clone();
         let reader = spawn("source reader", move || {
             let _meter = cpu.meter();
             loop {
                 let message = receiver.next_message();
-                touched.touch();
+                heard.touch();
                 let event = match message {
                     Ok(Message::Heartbeat) => continue,
                     Ok(message) => Event::Message(message),
@@ -62,7 +60,7 @@ impl Control {
                 }
             }
         })?;
-        Ok(Self { sender, heard, connection, pulse: Some(pulse), reader: Some(reader) })
+        Ok(Self { sender, connection, pulse: Some(pulse), reader: Some(reader) })
     }
 
     pub(super) fn send(&self, message: &Message) -> Result<(), Cause> {

@@ -60,7 +60,8 @@ fn send(
     for action in actions {
         match action {
             SourceAction::SendOffer => {
-                if let Some(offer) = lock(&shared.handover).offer {
+                let offer = lock(&shared.handover).offer;
+                if let Some(offer) = offer {
                     out(&Message::Offer(offer))?;
                 }
             }
@@ -287,7 +288,7 @@ pub(super) fn end_failing(
         }
     }
     if actions.contains(&SourceAction::Reconnect) {
-        return ask_again(shared, &cause);
+        return ask_again(shared);
     }
     // A destination that was sent everything may be waiting for Release, and be kept from other migrations by that.
     if failing.before == SourceState::Offered && !told && actions.contains(&SourceAction::SendAbort) {
@@ -349,20 +350,15 @@ fn tell(shared: &Shared, cause: &Cause) {
 }
 
 /// Released, and the link is lost: asks the destination over new connections where the guest is.
-fn ask_again(shared: &Shared, first: &Cause) -> Result<(), Cause> {
+fn ask_again(shared: &Shared) -> Result<(), Cause> {
     let began = Instant::now();
-    let mut last = first.to_string();
     let mut pause = RETRY.0;
     loop {
-        match ask_once(shared) {
+        let last = match ask_once(shared) {
             Ok(()) => return Ok(()),
-            Err(cause) => {
-                if lock(&shared.handover).state != SourceState::Released {
-                    return Err(cause);
-                }
-                last = cause.to_string();
-            }
-        }
+            Err(cause) if lock(&shared.handover).state != SourceState::Released => return Err(cause),
+            Err(cause) => cause.to_string(),
+        };
         let timeout = lock(&shared.parameters).handover_timeout;
         let over = began.elapsed() + pause > timeout;
         if over || !shared.uri.can_reconnect() || shared.abandoned.load(Ordering::Acquire) {
@@ -376,7 +372,7 @@ fn ask_again(shared: &Shared, first: &Cause) -> Result<(), Cause> {
 /// One attempt. `Ok` when the guest runs at the destination.
 fn ask_once(shared: &Shared) -> Result<(), Cause> {
     if !shared.uri.can_reconnect() {
-        return Err(Cause::Unexpected { message: "a lost link", expected: "an address that can be dialled again" });
+        return Err(Cause::Closed { channel: format!("{}, which cannot be opened again", shared.uri) });
     }
     let timeout = lock(&shared.parameters).link_timeout;
     let mut again = Again::open(shared, timeout)?;
@@ -402,8 +398,7 @@ fn ask_once(shared: &Shared) -> Result<(), Cause> {
 /// Asks again, on a thread of its own, after all attempts so far were in vain.
 pub(super) fn resolve(shared: &Shared) {
     let _meter = shared.cpu.meter();
-    let unheard = Cause::Closed { channel: shared.uri.to_string() };
-    shared.end(ask_again(shared, &unheard));
+    shared.end(ask_again(shared));
 }
 
 /// A person's decision: the guest is here.

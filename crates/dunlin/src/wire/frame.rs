@@ -172,11 +172,14 @@ pub(crate) fn table_checksum(bytes: &[u8]) -> u32 {
     crc_fast::crc32_iscsi(bytes)
 }
 
-/// CRC-64/NVME over `pieces` as if they were one, for data.
-pub(crate) fn data_checksum<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> u64 {
+/// CRC-64/NVME, for data.
+pub(crate) fn data_checksum(bytes: &[u8]) -> u64 {
+    crc_fast::crc64_nvme(bytes)
+}
+
+/// CRC-64/NVME over all pieces that `feed` gives to its argument, as if they were one.
+pub(crate) fn data_checksum_with(feed: impl FnOnce(&mut dyn FnMut(&[u8]))) -> u64 {
     let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
-    for piece in pieces {
-        digest.update(piece);
-    }
+    feed(&mut |piece| digest.update(piece));
     digest.finalize()
 }

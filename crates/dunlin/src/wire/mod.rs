@@ -11,10 +11,10 @@ mod message;
 mod pages;
 
 
-pub(crate) use frame::{FrameHeader, FrameType, HEADER_BYTES, data_checksum, table_checksum};
+pub(crate) use frame::{FrameHeader, FrameType, HEADER_BYTES, data_checksum, data_checksum_with, table_checksum};
 pub(crate) use hello::{HELLO_BYTES, Hello, HelloReply, REPLY_BYTES, Role, SessionId, check_beginning};
 pub(crate) use message::{
-    Abort, AbortReason, BlockLayout, Done, Feature, Mark, MarkAck, Message, Offer, RoundDone, Running, Section, Start,
+    Abort, AbortReason, Done, Feature, Mark, MarkAck, Message, Offer, RoundDone, Running, Section, Start,
 };
 pub(crate) use pages::{ENTRY_BYTES, MAX_ENTRIES, PageRun, decode_runs, encode_run};
 
