@@ -222,16 +222,19 @@ impl Model for Handover {
                 }
                 !ready || late.owners() == 1
             }),
-            Property::always("destination dead: the source has the guest or a person can take it back", |_, world: &World| {
-                if !world.source_alive || world.destination_alive {
-                    return true;
-                }
-                let mut late = world.clone();
-                late.source(SourceEvent::Failed);
-                late.source(SourceEvent::TakeBack);
-                // Gone died with the destination, as it would on any host.
-                late.owners() == 1 || late.source == SourceState::Gone
-            }),
+            Property::always(
+                "destination dead: the source has the guest or a person can take it back",
+                |_, world: &World| {
+                    if !world.source_alive || world.destination_alive {
+                        return true;
+                    }
+                    let mut late = world.clone();
+                    late.source(SourceEvent::Failed);
+                    late.source(SourceEvent::TakeBack);
+                    // Gone died with the destination, as it would on any host.
+                    late.owners() == 1 || late.source == SourceState::Gone
+                },
+            ),
             Property::sometimes("the guest arrives", |_, world: &World| world.source == SourceState::Gone),
             Property::sometimes("the guest is taken back after Release", |_, world: &World| {
                 world.source == SourceState::TookBack && world.to_destination.contains(&ToDestination::Release)

@@ -14,8 +14,8 @@ use crate::channel::Connection;
 use crate::error::Cause;
 use crate::report::{ChannelReport, PageCounts};
 use crate::wire::{
-    FrameHeader, FrameType, HEADER_BYTES, HELLO_BYTES, Hello, HelloReply, Message, PageRun, REPLY_BYTES, Role, SessionId, WireError,
-    data_checksum, decode_runs, table_checksum,
+    FrameHeader, FrameType, HEADER_BYTES, HELLO_BYTES, Hello, HelloReply, Message, PageRun, REPLY_BYTES, Role,
+    SessionId, WireError, data_checksum, decode_runs, table_checksum,
 };
 
 /// Figures of one channel, readable while it works.
@@ -29,10 +29,7 @@ pub(crate) struct ChannelCounters {
 
 impl ChannelCounters {
     pub(crate) fn pages(&self) -> PageCounts {
-        PageCounts {
-            zero: self.zero_pages.load(Ordering::Acquire),
-            plain: self.plain_pages.load(Ordering::Acquire),
-        }
+        PageCounts { zero: self.zero_pages.load(Ordering::Acquire), plain: self.plain_pages.load(Ordering::Acquire) }
     }
 
     pub(crate) fn report(&self, index: u8) -> ChannelReport {
@@ -196,9 +193,7 @@ pub(crate) fn say_hello(
     connection.set_receive_timeout(None)?;
     match HelloReply::decode(&reply) {
         Ok(HelloReply::Welcome) => Ok(()),
-        Ok(HelloReply::Refused { reason }) => {
-            Err(Cause::Refused { by: crate::error::Side::Destination, reason })
-        }
+        Ok(HelloReply::Refused { reason }) => Err(Cause::Refused { by: crate::error::Side::Destination, reason }),
         Err(source) => Err(Cause::Wire { channel: connection.name().to_owned(), source }),
     }
 }

@@ -254,12 +254,8 @@ impl Acceptor<'_> {
         }
         let (events, incoming) = mpsc::channel();
         let (tell, outcome) = mpsc::channel();
-        let current = Current {
-            id: hello.session,
-            events: events.clone(),
-            state: DestinationState::Loading,
-            orphaned: None,
-        };
+        let current =
+            Current { id: hello.session, events: events.clone(), state: DestinationState::Loading, orphaned: None };
         *lock(&self.shared.session) = Some(current);
         let shared = self.shared.clone();
         let connection = waiting.connection;

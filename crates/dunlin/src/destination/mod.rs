@@ -156,8 +156,9 @@ impl Destination {
 
     fn start(guest: &Arc<Guest>, uri: &Uri, parameters: &Parameters) -> Result<Self, Cause> {
         let listener = Listener::bind(uri)?;
-        let wake = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)
-            .map_err(|e| Cause::Io { doing: "make", target: "an eventfd".into(), source: e.into() })?;
+        let wake =
+            rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)
+                .map_err(|e| Cause::Io { doing: "make", target: "an eventfd".into(), source: e.into() })?;
         let mut report = Report::new(Side::Destination, guest.place(Side::Destination));
         report.status = Status::Setup;
         report.ram.total_bytes = guest.machine().ram().total_bytes();

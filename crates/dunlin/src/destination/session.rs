@@ -416,7 +416,11 @@ impl<'a> Session<'a> {
         let sections = std::mem::take(&mut self.sections);
         if sections.len() as u64 != u64::from(offer.sections) || self.incomplete.is_some() {
             return Err(Cause::Incompatible {
-                reason: format!("the source sent {} sections of device state, {} arrived", offer.sections, sections.len()),
+                reason: format!(
+                    "the source sent {} sections of device state, {} arrived",
+                    offer.sections,
+                    sections.len()
+                ),
             });
         }
         let machine = self.shared.guest.machine();

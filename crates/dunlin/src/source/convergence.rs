@@ -94,7 +94,8 @@ pub(super) fn decide(rounds: &[RoundFigures], costs: &Costs, downtime_limit: Dur
         dirty_bytes: 0,
         dirty_rate: 0,
     });
-    let history: Vec<Duration> = (1..=rounds.len()).filter_map(|n| rounds.get(..n)).map(|r| predict(r, costs)).collect();
+    let history: Vec<Duration> =
+        (1..=rounds.len()).filter_map(|n| rounds.get(..n)).map(|r| predict(r, costs)).collect();
 
     if predicted > downtime_limit {
         return Verdict { decision: Decision::AnotherRound, predicted, bandwidth, not_converging: stuck(&history) };

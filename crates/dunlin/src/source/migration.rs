@@ -45,17 +45,12 @@ pub(super) fn run(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<E
 }
 
 fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) -> Result<(), Cause> {
-    let session = SessionId::random().map_err(|source| Cause::Io {
-        doing: "make",
-        target: "a session id".into(),
-        source,
-    })?;
+    let session =
+        SessionId::random().map_err(|source| Cause::Io { doing: "make", target: "a session id".into(), source })?;
     lock(&shared.handover).session = Some(session);
     lock(&shared.report).session = Some(session.to_string());
     let machine = shared.guest.machine().clone();
-    let tracker = machine
-        .dirty_tracker()
-        .map_err(|source| Cause::Machine { step: MachineStep::Track, source })?;
+    let tracker = machine.dirty_tracker().map_err(|source| Cause::Machine { step: MachineStep::Track, source })?;
     let (control, channels) = match setup::agree(shared, session, events, incoming) {
         Ok(agreed) => agreed,
         Err(cause) => return switchover::fail(shared, None, cause),
@@ -238,10 +233,8 @@ impl Migration<'_> {
             pages.zero += counted.zero;
             pages.plain += counted.plain;
         }
-        let since = PageCounts {
-            zero: pages.zero - self.pages_before.zero,
-            plain: pages.plain - self.pages_before.plain,
-        };
+        let since =
+            PageCounts { zero: pages.zero - self.pages_before.zero, plain: pages.plain - self.pages_before.plain };
         let bytes = moved.saturating_sub(std::mem::replace(&mut self.moved_before, moved));
         self.pages_before = pages;
         (bytes, since)

@@ -199,12 +199,8 @@ impl Source {
     /// When the guest is not here, is being migrated already, or no thread can be started. Everything later is told
     /// by the report.
     pub fn start(guest: &Arc<Guest>, uri: &Uri, parameters: &Parameters) -> Result<Self, MigrationError> {
-        let failed = |cause| MigrationError {
-            side: Side::Source,
-            phase: Phase::Setup,
-            guest: guest.place(Side::Source),
-            cause,
-        };
+        let failed =
+            |cause| MigrationError { side: Side::Source, phase: Phase::Setup, guest: guest.place(Side::Source), cause };
         guest.begin_outgoing().map_err(|e| failed(e.into()))?;
         let (sender, incoming) = mpsc::channel();
         let mut report = Report::new(Side::Source, guest.place(Side::Source));

@@ -39,10 +39,9 @@ fn transition(shared: &Shared, event: SourceEvent) -> Result<&'static [SourceAct
         SourceState::Gone => shared.guest.gone(handover.run),
         _ => {}
     }
-    let ends_downtime = actions.contains(&SourceAction::ResumeGuest)
-        || (next == SourceState::Gone && before == SourceState::Released);
-    let resumed =
-        if actions.contains(&SourceAction::ResumeGuest) { shared.guest.own(handover.run) } else { Ok(()) };
+    let ends_downtime =
+        actions.contains(&SourceAction::ResumeGuest) || (next == SourceState::Gone && before == SourceState::Released);
+    let resumed = if actions.contains(&SourceAction::ResumeGuest) { shared.guest.own(handover.run) } else { Ok(()) };
     if let (true, Some(stopped)) = (ends_downtime, handover.stopped) {
         lock(&shared.report).downtime_seconds = stopped.elapsed().as_secs_f64();
     }
@@ -124,13 +123,8 @@ impl Migration<'_> {
         self.apply(SourceEvent::Ready)?;
         self.await_running()?;
         let handover_seconds = clock.lap();
-        lock(&shared.report).downtime_parts = Some(DowntimeParts {
-            pause_seconds,
-            ram_seconds,
-            device_state_seconds,
-            load_seconds,
-            handover_seconds,
-        });
+        lock(&shared.report).downtime_parts =
+            Some(DowntimeParts { pause_seconds, ram_seconds, device_state_seconds, load_seconds, handover_seconds });
         // The guest runs over there: that Done cannot be sent changes nothing.
         if self.apply(SourceEvent::Running).is_ok() {
             self.control.finish();
@@ -170,8 +164,7 @@ impl Migration<'_> {
 
     fn send_device_state(&self) -> Result<u32, Cause> {
         let machine = self.shared.guest.machine();
-        let sections =
-            machine.save().map_err(|source| Cause::Machine { step: MachineStep::Save, source })?;
+        let sections = machine.save().map_err(|source| Cause::Machine { step: MachineStep::Save, source })?;
         let total: u64 = sections.iter().map(|section| section.data.len() as u64).sum();
         if total > MAX_DEVICE_STATE_BYTES {
             return Err(Cause::DeviceStateTooLarge { limit_bytes: MAX_DEVICE_STATE_BYTES });
@@ -279,7 +272,8 @@ pub(super) fn end_failing(
     failing: Failing,
 ) -> Result<(), Cause> {
     let actions = failing.actions?;
-    let link_lost = matches!(cause, Cause::Io { .. } | Cause::Closed { .. } | Cause::Silent { .. } | Cause::Wire { .. });
+    let link_lost =
+        matches!(cause, Cause::Io { .. } | Cause::Closed { .. } | Cause::Silent { .. } | Cause::Wire { .. });
     let mut told = false;
     if let Some(control) = control {
         told = send(shared, actions, Some(&cause), |message| control.send(message)).is_ok() && !link_lost;
@@ -312,10 +306,9 @@ struct Again<'a> {
 
 impl<'a> Again<'a> {
     fn open(shared: &'a Shared, timeout: Duration) -> Result<Self, Cause> {
-        let session = lock(&shared.handover).session.ok_or(Cause::Unexpected {
-            message: "a reconnection",
-            expected: "a migration with a session",
-        })?;
+        let session = lock(&shared.handover)
+            .session
+            .ok_or(Cause::Unexpected { message: "a reconnection", expected: "a migration with a session" })?;
         let connection = setup::connect(shared, Role::Reconnect, session, timeout, &shared.abandoned)?;
         connection.set_receive_timeout(Some(timeout))?;
         *lock(&shared.greeting) = Some(connection.clone());

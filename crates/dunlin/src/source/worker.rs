@@ -57,7 +57,8 @@ impl DirtyRam {
         for (bitmap, armed) in self.bitmaps.iter().zip(&self.armed) {
             for chunk in bitmap.dirty_chunks() {
                 let bytes = bitmap.count_chunk(chunk) * PAGE_SIZE;
-                let since = armed.get(chunk).map_or(0, |nanoseconds| nanoseconds.load(Ordering::Relaxed)).max(last_sync);
+                let since =
+                    armed.get(chunk).map_or(0, |nanoseconds| nanoseconds.load(Ordering::Relaxed)).max(last_sync);
                 dirty_bytes = dirty_bytes.saturating_add(bytes);
                 rate += bytes as f64 / (now.saturating_sub(since).max(1) as f64 / 1e9);
             }

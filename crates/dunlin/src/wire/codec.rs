@@ -57,8 +57,7 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn take(&mut self, length: usize) -> Result<&'a [u8], WireError> {
-        let (taken, rest) =
-            self.bytes.split_at_checked(length).ok_or(WireError::Length { what: self.what })?;
+        let (taken, rest) = self.bytes.split_at_checked(length).ok_or(WireError::Length { what: self.what })?;
         self.bytes = rest;
         Ok(taken)
     }

@@ -54,8 +54,8 @@ pub(crate) fn decode_runs(
         let (offset, length, encoded_length) = (reader.u64()?, reader.u32()?, reader.u32()?);
         let (block, kind, reserved) = (reader.u16()?, reader.u8()?, reader.u8()?);
         reader.reserved(u64::from(reserved))?;
-        let kind = PageKind::from_number(kind)
-            .ok_or(WireError::Value { what: "a page's kind", value: u64::from(kind) })?;
+        let kind =
+            PageKind::from_number(kind).ok_or(WireError::Value { what: "a page's kind", value: u64::from(kind) })?;
         let end = offset.checked_add(u64::from(length));
         let size = block_bytes.get(usize::from(block)).copied().unwrap_or(0);
         let aligned = offset % crate::memory::PAGE_SIZE == 0 && u64::from(length) % crate::memory::PAGE_SIZE == 0;

@@ -1,0 +1,103 @@
+//! Starting and stopping all of a machine's threads together.
+//!
+//! What must stay true: when [`Gate::close`] returns, no thread is between [`Gate::enter`] and its next wait at the
+//! gate, and none goes through until it is opened.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+#[derive(Debug, Default)]
+struct State {
+    open: bool,
+    ended: bool,
+    inside: usize,
+}
+
+/// A gate that threads pass to run.
+#[derive(Debug, Default)]
+pub(super) struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// What `state.open` says, for a look without the lock after every step.
+    open: AtomicBool,
+}
+
+/// Why a thread came back from the gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Passage {
+    /// It may run.
+    Run,
+    /// The machine is gone.
+    End,
+}
+
+impl Gate {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets all threads run.
+    pub(super) fn open(&self) {
+        self.state().open = true;
+        self.open.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Stops all threads and waits until they have; tells whether the gate was open.
+    pub(super) fn close(&self) -> bool {
+        let mut state = self.state();
+        let was_open = std::mem::replace(&mut state.open, false);
+        self.open.store(false, Ordering::Release);
+        self.changed.notify_all();
+        while state.inside > 0 {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        was_open
+    }
+
+    /// Ends all threads.
+    pub(super) fn end(&self) {
+        self.state().ended = true;
+        self.open.store(false, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Waits until the gate is open. A thread that got in must [`leave`](Self::leave).
+    pub(super) fn enter(&self) -> Passage {
+        let mut state = self.state();
+        loop {
+            if state.ended {
+                return Passage::End;
+            }
+            if state.open {
+                state.inside += 1;
+                return Passage::Run;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Whether a thread inside may go on.
+    pub(super) fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// Sleeps until `until`, or until the gate is closed.
+    pub(super) fn sleep(&self, until: Instant) {
+        let mut state = self.state();
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if !state.open || state.ended || left.is_zero() {
+                return;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// A thread that was inside is not any more.
+    pub(super) fn leave(&self) {
+        self.state().inside -= 1;
+        self.changed.notify_all();
+    }
+}

@@ -1,0 +1,149 @@
+//! The machine's threads: one a vCPU, and the device's clock.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use dunlin::memory::RamBlock;
+
+use super::content;
+use super::device::Device;
+use super::gate::{Gate, Passage};
+use super::workload::Workload;
+use super::{Identity, PAGE_BYTES};
+
+/// Between two ticks of the device.
+const TICK: Duration = Duration::from_millis(1);
+/// A vCPU writes ahead of its schedule by up to this much before it sleeps,
+const BATCH: Duration = Duration::from_millis(1);
+/// and catches up on no more than this much.
+const BACKLOG: Duration = Duration::from_millis(20);
+
+/// All threads of a machine. They end when this is dropped.
+#[derive(Debug)]
+pub(super) struct Vcpus {
+    steps: Vec<Arc<AtomicU64>>,
+    gate: Arc<Gate>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Vcpus {
+    /// Starts the threads; they wait at the gate.
+    pub(super) fn start(
+        count: u32,
+        gate: &Arc<Gate>,
+        identity: &Arc<RwLock<Option<Identity>>>,
+        block: &RamBlock,
+        device: &Arc<Device>,
+    ) -> io::Result<Self> {
+        let mut vcpus = Self { steps: Vec::new(), gate: gate.clone(), threads: Vec::new() };
+        for index in 0..count as usize {
+            let steps = Arc::new(AtomicU64::new(0));
+            let vcpu = Vcpu { index, steps: steps.clone(), identity: identity.clone(), block: block.clone() };
+            vcpus.spawn(format!("vcpu {index}"), move |gate| vcpu.run(gate))?;
+            vcpus.steps.push(steps);
+        }
+        let device = device.clone();
+        vcpus.spawn("device".into(), move |gate| {
+            let mut next = Instant::now() + TICK;
+            while gate.is_open() {
+                gate.sleep(next);
+                if gate.is_open() {
+                    device.tick();
+                }
+                next = (next + TICK).max(Instant::now());
+            }
+        })?;
+        Ok(vcpus)
+    }
+
+    fn spawn(&mut self, name: String, run: impl Fn(&Gate) + Send + 'static) -> io::Result<()> {
+        let gate = self.gate.clone();
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            while gate.enter() == Passage::Run {
+                run(&gate);
+                gate.leave();
+            }
+        })?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    pub(super) fn count(&self) -> u32 {
+        self.steps.len() as u32
+    }
+
+    pub(super) fn steps(&self) -> Vec<u64> {
+        self.steps.iter().map(|steps| steps.load(Ordering::Acquire)).collect()
+    }
+
+    pub(super) fn set_steps(&self, values: &[u64]) {
+        for (steps, value) in self.steps.iter().zip(values) {
+            steps.store(*value, Ordering::Release);
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.gate.end();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Vcpu {
+    index: usize,
+    /// Steps done; a step counts when its write is complete.
+    steps: Arc<AtomicU64>,
+    identity: Arc<RwLock<Option<Identity>>>,
+    block: RamBlock,
+}
+
+impl Vcpu {
+    /// Runs the program until the gate is closed.
+    fn run(&self, gate: &Gate) {
+        let identity = self.identity.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let far = || Instant::now() + Duration::from_secs(3600);
+        let Some(Identity { program, .. }) = identity else { return gate.sleep(far()) };
+        let slice = program.slice(self.index);
+        let pages = slice.end.saturating_sub(slice.start);
+        let Workload::Writes { rate_bytes_per_second, content, .. } = &program.workload else {
+            return gate.sleep(far());
+        };
+        if pages == 0 {
+            return gate.sleep(far());
+        }
+        let seed = program.vcpu_seed(self.index);
+        let vcpus = program.vcpus();
+        let pace = rate_bytes_per_second.map(|rate| {
+            let nanoseconds = u128::from(vcpus) * PAGE_BYTES as u128 * 1_000_000_000 / u128::from(rate.max(1));
+            Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
+        });
+        let mut due = Instant::now();
+        let mut page = [0; PAGE_BYTES];
+        let written = content::written_bytes(*content);
+        while gate.is_open() {
+            let step = self.steps.load(Ordering::Relaxed) + 1;
+            let number = slice.start + program.page(seed, step, pages);
+            content::write(*content, seed, number, step, &mut page);
+            let bytes = page.get(..written).unwrap_or_default();
+            if self.block.write(number * PAGE_BYTES as u64, bytes).is_err() {
+                return;
+            }
+            self.steps.store(step, Ordering::Release);
+            if let Some(pace) = pace {
+                due += pace;
+                let now = Instant::now();
+                if due > now + BATCH {
+                    gate.sleep(due);
+                } else if let Some(earliest) = now.checked_sub(BACKLOG) {
+                    due = due.max(earliest);
+                }
+            }
+        }
+    }
+}

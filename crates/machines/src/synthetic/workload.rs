@@ -1,0 +1,171 @@
+//! What the vCPUs do, as a person writes it.
+
+use std::fmt;
+use std::str::FromStr;
+
+use dunlin::units::{parse_rate, parse_size};
+use serde::{Deserialize, Serialize};
+
+/// Which page a step writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Pattern {
+    /// Any, evenly.
+    Uniform,
+    /// One after the other.
+    Sequential,
+    /// Few pages often, many seldom.
+    Zipf,
+    /// Nine of ten writes into a tenth of the working set.
+    HotCold,
+}
+
+/// What a step writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Content {
+    /// A page of random bytes.
+    Random,
+    /// A page of words.
+    Text,
+    /// A page of zeros with some words in it.
+    Sparse,
+    /// 40 bytes (1 % of the page) over what is there.
+    Counter,
+}
+
+/// What the vCPUs do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Workload {
+    /// Nothing. The device ticks.
+    Idle,
+    /// Write pages.
+    Writes {
+        /// Which.
+        pattern: Pattern,
+        /// Bytes a second of all vCPUs together, 4096 a step; `None` as fast as they can.
+        rate_bytes_per_second: Option<u64>,
+        /// The pages written lie within so many bytes from the start of RAM; `None` all of it.
+        working_set_bytes: Option<u64>,
+        /// What.
+        content: Content,
+    },
+}
+
+/// Rate where none is given.
+const DEFAULT_RATE: u64 = 100 << 20;
+
+const PATTERNS: [(&str, Pattern); 4] = [
+    ("uniform", Pattern::Uniform),
+    ("sequential", Pattern::Sequential),
+    ("zipf", Pattern::Zipf),
+    ("hotcold", Pattern::HotCold),
+];
+const CONTENTS: [(&str, Content); 4] =
+    [("random", Content::Random), ("text", Content::Text), ("sparse", Content::Sparse), ("counter", Content::Counter)];
+
+/// A workload that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "workload {text:?}: {problem}; write idle, or pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,working-set=SIZE,\
+     content=random|text|sparse|counter"
+)]
+pub struct WorkloadError {
+    /// What was given.
+    pub text: String,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+fn named<T: Copy>(names: &[(&str, T)], name: &str) -> Option<T> {
+    names.iter().find(|(known, _)| *known == name).map(|(_, value)| *value)
+}
+
+fn name_of<'a, T: PartialEq>(names: &[(&'a str, T)], value: &T) -> &'a str {
+    names.iter().find(|(_, known)| known == value).map_or("", |(name, _)| name)
+}
+
+impl FromStr for Workload {
+    type Err = WorkloadError;
+
+    fn from_str(text: &str) -> Result<Self, WorkloadError> {
+        let error = |problem: String| WorkloadError { text: text.to_owned(), problem };
+        if text == "idle" {
+            return Ok(Self::Idle);
+        }
+        let (mut pattern, mut content) = (Pattern::Uniform, Content::Random);
+        let (mut rate, mut working_set) = (Some(DEFAULT_RATE), None);
+        for part in text.split(',') {
+            let (key, value) = part.split_once('=').ok_or_else(|| error(format!("{part:?} is not KEY=VALUE")))?;
+            let unknown = || error(format!("there is no {key} called {value:?}"));
+            match key.trim() {
+                "pattern" => pattern = named(&PATTERNS, value).ok_or_else(unknown)?,
+                "content" => content = named(&CONTENTS, value).ok_or_else(unknown)?,
+                "rate" if value == "max" => rate = None,
+                "rate" => rate = Some(parse_rate(value).map_err(|e| error(e.to_string()))?),
+                "working-set" => {
+                    let bytes = parse_size(value).map_err(|e| error(e.to_string()))?;
+                    if bytes < 4096 {
+                        return Err(error("the working set is smaller than a page of 4096 bytes".into()));
+                    }
+                    working_set = Some(bytes);
+                }
+                _ => return Err(error(format!("there is no key {key:?}"))),
+            }
+        }
+        if rate == Some(0) {
+            return Ok(Self::Idle);
+        }
+        Ok(Self::Writes { pattern, rate_bytes_per_second: rate, working_set_bytes: working_set, content })
+    }
+}
+
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self::Writes { pattern, rate_bytes_per_second, working_set_bytes, content } = self else {
+            return f.write_str("idle");
+        };
+        write!(f, "pattern={}", name_of(&PATTERNS, pattern))?;
+        match rate_bytes_per_second {
+            Some(rate) => write!(f, ",rate={rate}/s")?,
+            None => f.write_str(",rate=max")?,
+        }
+        if let Some(bytes) = working_set_bytes {
+            write!(f, ",working-set={bytes}")?;
+        }
+        write!(f, ",content={}", name_of(&CONTENTS, content))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_printed_can_be_typed() {
+        for (pattern, _) in PATTERNS {
+            for (content, _) in CONTENTS {
+                for rest in ["", ",rate=max", ",rate=1.5G/s", ",working-set=64M", ",working-set=1G,rate=300M/s"] {
+                    let workload: Workload = format!("content={content},pattern={pattern}{rest}").parse().unwrap();
+                    assert_eq!(workload.to_string().parse(), Ok(workload));
+                }
+            }
+        }
+        assert_eq!("idle".parse(), Ok(Workload::Idle));
+        assert_eq!("rate=0".parse(), Ok(Workload::Idle));
+    }
+
+    #[test]
+    fn refusals_say_what_is_wrong() {
+        for (text, problem) in [
+            ("", "not KEY=VALUE"),
+            ("busy", "not KEY=VALUE"),
+            ("pattern=random", "no pattern called"),
+            ("content=uniform", "no content called"),
+            ("rate=fast", "not a rate"),
+            ("working-set=1", "smaller than a page"),
+            ("speed=1", "no key"),
+        ] {
+            let error = text.parse::<Workload>().unwrap_err().to_string();
+            assert!(error.contains(problem), "{text}: {error}");
+        }
+    }
+}
