@@ -1,0 +1,43 @@
+//! `dunlin migrate`: moves a running machine and shows how it goes.
+
+use anyhow::{Context, Result};
+use dunlin::Status;
+use serde_json::json;
+
+use crate::Outcome;
+use crate::args::Migrate;
+use crate::connection;
+use crate::following;
+use crate::interrupts::Interrupts;
+use crate::print;
+use crate::progress::Progress;
+use crate::terminal;
+
+pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
+    let mut client = connection::connect(&args.qmp)?;
+    connection::set(&mut client, &args.set)?;
+    let begun = client.execute("migrate", json!({"uri": args.uri.to_string()}));
+    begun.with_context(|| format!("could not start a migration to {}", args.uri))?;
+    if args.detach {
+        let path = args.qmp.display();
+        terminal::out(&format!("migrating to {}; `dunlin status --qmp unix:{path}` tells how it goes", args.uri))?;
+        return Ok(Outcome::Success);
+    }
+    let mut ended = following::follow(&mut client, interrupts, &mut Progress::new())?;
+    // The error goes to standard error, once.
+    let failure = following::failure(&ended.report);
+    ended.report.error = None;
+    terminal::out(&if args.json { connection::pretty(&ended.json) } else { print::report(&ended.report) })?;
+    match (ended.report.status, ended.interrupted) {
+        (Status::Completed, false) => Ok(Outcome::Success),
+        (Status::Completed, true) => {
+            terminal::note(&format!("too late to cancel: the guest is {}", ended.report.guest));
+            Ok(Outcome::Success)
+        }
+        (Status::Cancelled, true) => {
+            terminal::note(&format!("cancelled; the guest goes on, {}", ended.report.guest));
+            Ok(Outcome::Interrupted)
+        }
+        _ => Err(failure),
+    }
+}
