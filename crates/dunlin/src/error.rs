@@ -245,12 +245,18 @@ pub enum Cause {
     /// The guest's ownership forbids it.
     #[error("{0}")]
     Guest(#[from] GuestError),
+    /// An event that has no place in the handover as it stands.
+    #[error("{0}")]
+    Handover(#[from] crate::handover::Illegal),
     /// Released, and nothing heard since.
     #[error(
-        "the guest was released to the destination, and for {after:?} it could not be reached to say whether it runs \
-         there; ask there, then either leave this side stopped (quit) or take the guest back (cont --take-back)"
+        "the guest was released to the destination, which could not be reached again within {after:?} to say whether \
+         it runs there ({last}); ask there, then either leave this side stopped (quit) or take the guest back \
+         (cont --take-back)"
     )]
     Unreachable {
+        /// What the latest attempt ended with.
+        last: String,
         /// How long reconnection was tried.
         after: Duration,
     },

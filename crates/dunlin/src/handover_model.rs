@@ -192,10 +192,10 @@ impl Model for Handover {
             steps.push(Step::DestinationDies);
         }
         // A person decides only when sure that the other host is gone.
-        if !world.destination_alive {
+        if world.source_alive && !world.destination_alive {
             steps.push(Step::Source(SourceEvent::TakeBack));
         }
-        if !world.source_alive {
+        if world.destination_alive && !world.source_alive {
             steps.push(Step::Destination(DestinationEvent::TakeOver));
         }
         steps.extend(world.to_source.iter().map(|m| Step::LoseToSource(*m)));

@@ -23,6 +23,7 @@ pub mod units;
 mod channel;
 mod destination;
 mod guest;
+mod link;
 mod page;
 mod source;
 mod wire;

@@ -3,9 +3,21 @@
 //! Every transport gives [`Connection`]s: ordered, two-way byte streams over one socket. TCP and Unix sockets can have
 //! as many as wanted; `fd` and `exec` have a single one, which then carries control and pages together.
 
+mod connection;
+mod exec;
+mod fd;
+mod tcp;
+mod unix;
+
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+pub(crate) use connection::Connection;
+
+use crate::error::Cause;
 
 /// Where a migration goes to or comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -71,6 +83,72 @@ impl fmt::Display for Uri {
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
             Self::Fd(fd) => write!(f, "fd:{fd}"),
             Self::Exec(command) => write!(f, "exec:{command}"),
+        }
+    }
+}
+
+/// How many connections a transport can have to the same peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Connections {
+    /// One: it carries everything.
+    Single,
+    /// As many as wanted.
+    Many,
+}
+
+impl Uri {
+    /// How many connections the transport can have.
+    pub(crate) fn connections(&self) -> Connections {
+        match self {
+            Self::Tcp { .. } | Self::Unix(_) => Connections::Many,
+            Self::Fd(_) | Self::Exec(_) => Connections::Single,
+        }
+    }
+
+    /// Whether connecting a second time can reach the same peer.
+    pub(crate) fn can_reconnect(&self) -> bool {
+        !matches!(self, Self::Fd(_))
+    }
+
+    /// Connects. Gives up after `timeout`, or soon after `stop` becomes true.
+    pub(crate) fn connect(&self, timeout: Duration, stop: &AtomicBool) -> Result<Connection, Cause> {
+        match self {
+            Self::Tcp { host, port } => tcp::connect(self, host, *port, timeout, stop),
+            Self::Unix(path) => unix::connect(self, path),
+            Self::Fd(number) => fd::open(self, *number),
+            Self::Exec(command) => exec::spawn(self, command),
+        }
+    }
+}
+
+/// Where connections come in.
+#[derive(Debug)]
+pub(crate) enum Listener {
+    Tcp(tcp::Listener),
+    Unix(unix::Listener),
+    /// Gives its connection once.
+    Fd(Uri),
+    /// Runs its command for every connection.
+    Exec(Uri),
+}
+
+impl Listener {
+    /// Listens on `uri`.
+    pub(crate) fn bind(uri: &Uri) -> Result<Self, Cause> {
+        match uri {
+            Uri::Tcp { host, port } => tcp::Listener::bind(uri, host, *port).map(Self::Tcp),
+            Uri::Unix(path) => unix::Listener::bind(uri, path).map(Self::Unix),
+            Uri::Fd(_) => Ok(Self::Fd(uri.clone())),
+            Uri::Exec(_) => Ok(Self::Exec(uri.clone())),
+        }
+    }
+
+    /// The address listened on, with the port that was chosen if it was 0.
+    pub(crate) fn local_uri(&self) -> Uri {
+        match self {
+            Self::Tcp(listener) => listener.local_uri(),
+            Self::Unix(listener) => listener.local_uri(),
+            Self::Fd(uri) | Self::Exec(uri) => uri.clone(),
         }
     }
 }

@@ -1,17 +1,139 @@
 //! The receiving side.
+//!
+//! [`Destination`] is the handle. Behind it a thread accepts connections (`acceptor`), one drives the session of the
+//! migration that is coming in (`session`), and one a channel receives (`receive`) and puts pages in their place
+//! (`placement`). Queries are answered from [`Shared`] and never wait for any of them.
 
-use std::sync::Arc;
+mod acceptor;
+mod compatibility;
+mod placement;
+mod receive;
+mod session;
 
-use crate::channel::Uri;
-use crate::error::MigrationError;
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use crate::channel::{Connection, Listener, Uri};
+use crate::error::{Cause, GuestError, MigrationError, Phase, Side};
 use crate::guest::Guest;
+use crate::handover::DestinationState;
+use crate::link::{ChannelCounters, CpuTime, lock, spawn};
 use crate::parameters::{ParameterError, Parameters};
-use crate::report::Report;
+use crate::report::{Report, Status};
+use crate::wire::{Message, SessionId};
+
+/// What the session's thread hears.
+enum Event {
+    /// The source said something.
+    Message(Message),
+    /// Everything of a round has arrived on a channel.
+    Mark { channel: u8, round: u32 },
+    /// A connection is lost, or what came on it is wrong.
+    Lost { control: bool, cause: Cause },
+    /// A data channel has connected and said hello.
+    Data { index: u8, connection: Connection },
+    /// The source has connected again.
+    Again(Connection),
+    /// Somebody on this side wants an end.
+    Cancel,
+    /// A person decided that the guest is here.
+    TakeOver(Sender<Result<(), Cause>>),
+}
+
+/// The session of the migration that is coming in.
+struct Current {
+    id: SessionId,
+    events: Sender<Event>,
+    state: DestinationState,
+    /// Ready, and since when the source cannot be heard.
+    orphaned: Option<Instant>,
+}
+
+/// What all threads of a destination, and the handle, share.
+struct Shared {
+    guest: Arc<Guest>,
+    parameters: Mutex<Parameters>,
+    local_uri: Uri,
+    session: Mutex<Option<Current>>,
+    /// When the present or latest session began.
+    began: Mutex<Option<Instant>>,
+    phase: Mutex<Phase>,
+    report: Mutex<Report>,
+    changed: Condvar,
+    control: Mutex<Arc<ChannelCounters>>,
+    channels: Mutex<Vec<(u8, Arc<ChannelCounters>)>>,
+    cpu: Arc<CpuTime>,
+    /// Written to when the acceptor has something to look at.
+    wake: OwnedFd,
+    stop: AtomicBool,
+    /// No connection is accepted any more.
+    closed: AtomicBool,
+}
+
+impl Shared {
+    fn wake(&self) {
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    fn error(&self, cause: Cause) -> MigrationError {
+        let phase = *lock(&self.phase);
+        MigrationError { side: Side::Destination, phase, guest: self.guest.place(Side::Destination), cause }
+    }
+
+    /// Records a connection that came to nothing.
+    fn refused(&self, peer: &str, reason: &str) {
+        let mut report = lock(&self.report);
+        report.refused_connections.count += 1;
+        report.refused_connections.latest = Some(format!("{peer}: {reason}"));
+    }
+
+    fn set_status(&self, phase: Phase, status: Status) {
+        *lock(&self.phase) = phase;
+        lock(&self.report).status = status;
+        self.changed.notify_all();
+    }
+
+    fn snapshot(&self) -> Report {
+        let mut report = lock(&self.report).clone();
+        if !report.status.is_final()
+            && let Some(began) = *lock(&self.began)
+        {
+            report.total_seconds = began.elapsed().as_secs_f64();
+        }
+        report.guest = self.guest.place(Side::Destination);
+        report.ram.transferred_bytes = lock(&self.control).bytes.load(Ordering::Relaxed);
+        for (index, counters) in lock(&self.channels).iter() {
+            let channel = counters.report(*index);
+            report.ram.transferred_bytes += channel.transferred_bytes;
+            report.ram.pages.zero += channel.pages.zero;
+            report.ram.pages.plain += channel.pages.plain;
+            report.channels.push(channel);
+        }
+        report.channels.sort_by_key(|channel| channel.index);
+        report.cpu_seconds.destination = Some(self.cpu.total().as_secs_f64());
+        report
+    }
+}
 
 /// A machine waiting for, receiving, or having received a migration, on threads of its own.
-/// After a failed migration it listens on for another. Dropping it ends it and waits for its threads.
-#[derive(Debug)]
-pub struct Destination {}
+///
+/// After a failed migration it listens on for another, where its address can take one. Dropping it ends it and waits
+/// for its threads; a guest that has arrived stays.
+pub struct Destination {
+    shared: Arc<Shared>,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+impl fmt::Debug for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Destination").field("uri", &self.shared.local_uri).finish_non_exhaustive()
+    }
+}
 
 impl Destination {
     /// Listens on `uri` for a migration into `guest`.
@@ -19,41 +141,120 @@ impl Destination {
     /// # Errors
     /// When the guest is here already, or the address cannot be listened on.
     pub fn listen(guest: &Arc<Guest>, uri: &Uri, parameters: &Parameters) -> Result<Self, MigrationError> {
-        let _ = (guest, uri, parameters);
-        Ok(Self {})
+        let failed = |cause| MigrationError {
+            side: Side::Destination,
+            phase: Phase::Setup,
+            guest: guest.place(Side::Destination),
+            cause,
+        };
+        guest.begin_incoming().map_err(|e| failed(e.into()))?;
+        Self::start(guest, uri, parameters).map_err(|cause| {
+            guest.end_migration();
+            failed(cause)
+        })
     }
+
+    fn start(guest: &Arc<Guest>, uri: &Uri, parameters: &Parameters) -> Result<Self, Cause> {
+        let listener = Listener::bind(uri)?;
+        let wake = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)
+            .map_err(|e| Cause::Io { doing: "make", target: "an eventfd".into(), source: e.into() })?;
+        let mut report = Report::new(Side::Destination, guest.place(Side::Destination));
+        report.status = Status::Setup;
+        report.ram.total_bytes = guest.machine().ram().total_bytes();
+        report.downtime_limit_seconds = parameters.downtime_limit.as_secs_f64();
+        let shared = Arc::new(Shared {
+            guest: guest.clone(),
+            parameters: Mutex::new(parameters.clone()),
+            local_uri: listener.local_uri(),
+            session: Mutex::default(),
+            began: Mutex::default(),
+            phase: Mutex::new(Phase::Setup),
+            report: Mutex::new(report),
+            changed: Condvar::new(),
+            control: Mutex::default(),
+            channels: Mutex::default(),
+            cpu: Arc::default(),
+            wake,
+            stop: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+        });
+        let accepting = shared.clone();
+        let acceptor = spawn("destination acceptor", move || acceptor::run(&accepting, listener))?;
+        Ok(Self { shared, acceptor: Some(acceptor) })
+    }
+
     /// The address listened on, with the port that was chosen if it was 0.
     pub fn local_uri(&self) -> &Uri {
-        loop {}
+        &self.shared.local_uri
     }
+
     /// Where the current or latest migration stands.
     pub fn report(&self) -> Report {
-        loop {}
+        self.shared.snapshot()
     }
-    /// Ends the incoming migration. The guest goes on at the source.
+
+    /// Ends the incoming migration, if there is one, and returns at once. The guest goes on at the source; this side
+    /// listens on.
     ///
     /// # Errors
     /// When the guest is here already.
     pub fn cancel(&self) -> Result<(), MigrationError> {
-        Ok(())
+        let session = lock(&self.shared.session);
+        match &*session {
+            Some(current) if matches!(current.state, DestinationState::Starting | DestinationState::Running) => {
+                Err(self.shared.error(GuestError::Occupied.into()))
+            }
+            Some(current) => {
+                let _ = current.events.send(Event::Cancel);
+                Ok(())
+            }
+            None => Ok(()),
+        }
     }
+
     /// Changes parameters under way.
     ///
     /// # Errors
-    /// When one of them is not live.
+    /// When one of them is not live; nothing is changed then.
     pub fn set_parameters(&self, wanted: &Parameters) -> Result<(), ParameterError> {
-        let _ = wanted;
-        Ok(())
+        lock(&self.shared.parameters).change_live(wanted)
     }
+
     /// Waits until the guest is here, or no further migration can come in.
     pub fn wait(&self) -> Report {
-        loop {}
+        let mut report = lock(&self.shared.report);
+        while report.status != Status::Completed && !self.shared.closed.load(Ordering::Acquire) {
+            report = self.shared.changed.wait(report).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(report);
+        self.report()
     }
-    /// A person's decision: the guest, complete here and not released as far as is known, is here.
+
+    /// A person's decision: the guest, complete here and not released as far as is known here, is here and runs on.
     ///
     /// # Errors
-    /// When nothing is undecided.
+    /// When nothing is undecided here, or the source can still be heard.
     pub fn take_over(&self) -> Result<(), MigrationError> {
-        Ok(())
+        let nothing = || {
+            let place = self.shared.guest.place(Side::Destination);
+            self.shared.error(GuestError::NothingToDecide(place).into())
+        };
+        let (answer, answered) = mpsc::channel();
+        {
+            let session = lock(&self.shared.session);
+            let current = session.as_ref().filter(|current| current.orphaned.is_some()).ok_or_else(nothing)?;
+            current.events.send(Event::TakeOver(answer)).map_err(|_| nothing())?;
+        }
+        answered.recv().map_err(|_| nothing())?.map_err(|cause| self.shared.error(cause))
+    }
+}
+
+impl Drop for Destination {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.wake();
+        if let Some(acceptor) = self.acceptor.take() {
+            let _ = acceptor.join();
+        }
     }
 }

@@ -106,6 +106,13 @@ impl DirtyBitmap {
         })
     }
 
+    /// Number of dirty pages in `chunk`.
+    pub(crate) fn count_chunk(&self, chunk: usize) -> u64 {
+        let first = chunk * CHUNK_WORDS;
+        let words = self.words.get(first..first + CHUNK_WORDS).unwrap_or_default();
+        words.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()
+    }
+
     /// Takes the dirty pages of `chunk` out of the bitmap.
     pub(crate) fn take_chunk(&self, chunk: usize) -> ChunkPages {
         let mut pages = [0; CHUNK_WORDS];

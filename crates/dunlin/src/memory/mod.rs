@@ -19,7 +19,7 @@ pub use block::{MemoryError, Ram, RamBlock, RamMapping};
 pub use tracker::{DirtyTracker, TrackerError};
 pub use write_protect::WriteProtectTracker;
 
-pub(crate) use bitmap::ChunkPages;
+pub(crate) use block::GuestSlice;
 
 /// The unit in which pages are tracked, classified and counted, whatever backs the RAM.
 pub const PAGE_SIZE: u64 = 4096;

@@ -114,6 +114,17 @@ mod tests {
         let fd = rustix::fs::memfd_create("test", flags).ok()?;
         let file = std::fs::File::from(fd);
         file.set_len(SIZE).ok()?;
+        if flags.contains(rustix::fs::MemfdFlags::HUGETLB) {
+            // vm-memory maps without reserving: where there are no huge pages a touch would be a SIGBUS.
+            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, SIZE).ok()?;
+            rustix::fs::fallocate(
+                &file,
+                rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE,
+                0,
+                SIZE,
+            )
+            .ok()?;
+        }
         let region: MmapRegion = MmapRegion::from_file(FileOffset::new(file, 0), SIZE as usize).ok()?;
         Ram::new(vec![RamBlock::new("ram", Arc::new(region)).unwrap()]).ok()
     }

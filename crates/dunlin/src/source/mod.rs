@@ -1,61 +1,356 @@
 //! The sending side.
+//!
+//! [`Source`] is the handle. Behind it one thread drives the migration (`migration`: setup, precopy rounds,
+//! switchover), a worker a channel sends pages, a reader listens to the destination, a pulse keeps the link alive.
+//! They meet in one queue of events that the driving thread reads, and in [`Shared`], which reports are made from.
 
-use std::sync::Arc;
+mod convergence;
+mod migration;
+mod pacing;
+mod setup;
+mod switchover;
+mod worker;
+mod workers;
 
-use crate::channel::Uri;
-use crate::error::MigrationError;
-use crate::guest::Guest;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::channel::{Connection, Uri};
+use crate::error::{Cause, GuestError, MigrationError, Phase, Side};
+use crate::guest::{Guest, Resume};
+use crate::handover::SourceState;
+use crate::link::{ChannelCounters, CpuTime, lock, spawn};
 use crate::parameters::{ParameterError, Parameters};
-use crate::report::Report;
+use crate::report::{Report, Status};
+use crate::wire::{Message, Offer, SessionId};
+use pacing::Pacer;
+use setup::Control;
+use worker::Common;
+
+/// What the driving thread hears.
+enum Event {
+    /// A worker has ended its round.
+    Worker(Result<(), Cause>),
+    /// The destination said something.
+    Message(Message),
+    /// The control connection is lost.
+    Lost(Cause),
+    /// Somebody asked for an end.
+    Cancel,
+}
+
+/// The handover as it stands, and what its actions need.
+struct Handover {
+    state: SourceState,
+    session: Option<SessionId>,
+    /// Whether the guest was running when it was paused for the switchover.
+    run: Resume,
+    offer: Option<Offer>,
+    /// When the guest was stopped.
+    stopped: Option<Instant>,
+}
+
+/// What all threads of a migration, and the handle, share.
+struct Shared {
+    guest: Arc<Guest>,
+    uri: Uri,
+    began: Instant,
+    parameters: Mutex<Parameters>,
+    pacer: Arc<Pacer>,
+    /// Somebody asked for an end.
+    stop: AtomicBool,
+    /// The handle was dropped: nobody waits for an answer any more.
+    abandoned: AtomicBool,
+    events: Mutex<Option<Sender<Event>>>,
+    handover: Mutex<Handover>,
+    phase: Mutex<Phase>,
+    report: Mutex<Report>,
+    ended: Condvar,
+    control: Arc<ChannelCounters>,
+    channels: Mutex<Vec<Arc<ChannelCounters>>>,
+    /// While pages are being sent.
+    common: Mutex<Option<Arc<Common>>>,
+    cpu: Arc<CpuTime>,
+    /// A connection on which an answer to a hello is awaited.
+    greeting: Mutex<Option<Arc<Connection>>>,
+    /// The quickest answer so far.
+    round_trip: Mutex<Duration>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Shared {
+    fn set_phase(&self, phase: Phase, status: Status) {
+        *lock(&self.phase) = phase;
+        let mut report = lock(&self.report);
+        if report.status != Status::Cancelling {
+            report.status = status;
+        }
+    }
+
+    fn transferred_bytes(&self) -> u64 {
+        let load = |counters: &ChannelCounters| counters.bytes.load(Ordering::Relaxed);
+        let data = lock(&self.channels).iter().map(|counters| load(counters)).fold(0, u64::saturating_add);
+        load(&self.control).saturating_add(data)
+    }
+
+    /// The next message of the destination; everything else is an error.
+    fn next_message(&self, incoming: &Receiver<Event>, control: &Control) -> Result<Message, Cause> {
+        match self.next_event(incoming, control)? {
+            Event::Message(message) => Ok(message),
+            _ => Err(Cause::Unexpected { message: "a worker's answer", expected: "a message" }),
+        }
+    }
+
+    /// The next event, with the ones that end a migration turned into errors.
+    fn next_event(&self, incoming: &Receiver<Event>, control: &Control) -> Result<Event, Cause> {
+        match incoming.recv() {
+            Ok(Event::Lost(cause)) => Err(self.lost(control, cause)),
+            Ok(Event::Cancel) => Err(Cause::Cancelled),
+            Ok(event) => Ok(event),
+            Err(_) => Err(Cause::Thread { thread: "source reader", what: "ended".into() }),
+        }
+    }
+
+    /// Why the control connection was lost: the pulse knows better than the socket.
+    fn lost(&self, control: &Control, cause: Cause) -> Cause {
+        if control.found_silence() {
+            let after = lock(&self.parameters).link_timeout;
+            return Cause::Silent { waiting_for: "a sign of life", after };
+        }
+        cause
+    }
+
+    fn error(&self, phase: Phase, cause: Cause) -> MigrationError {
+        MigrationError { side: Side::Source, phase, guest: self.guest.place(Side::Source), cause }
+    }
+
+    /// The end of the migration.
+    fn end(&self, result: Result<(), Cause>) {
+        let phase = *lock(&self.phase);
+        let status = match &result {
+            Ok(()) => Status::Completed,
+            Err(Cause::Cancelled) => Status::Cancelled,
+            Err(_) => Status::Failed,
+        };
+        let undecided = lock(&self.handover).state == SourceState::Released;
+        if !undecided {
+            self.guest.end_migration();
+        }
+        let snapshot = self.snapshot();
+        let mut report = lock(&self.report);
+        report.total_seconds = snapshot.total_seconds;
+        if status == Status::Completed {
+            let rounds_time: f64 = report.rounds.iter().map(|round| round.seconds).sum();
+            let moved: u64 = report.rounds.iter().map(|round| round.transferred_bytes).sum();
+            report.bandwidth_bytes_per_second = (moved as f64 / rounds_time.max(1e-9)) as u64;
+            report.ram.remaining_bytes = 0;
+            report.not_converging = None;
+        }
+        report.error = result.err().map(|cause| (&self.error(phase, cause)).into());
+        report.status = status;
+        drop(report);
+        lock(&self.common).take();
+        self.ended.notify_all();
+    }
+
+    fn snapshot(&self) -> Report {
+        let mut report = lock(&self.report).clone();
+        if !report.status.is_final() {
+            report.total_seconds = self.began.elapsed().as_secs_f64();
+        }
+        if let Some(common) = &*lock(&self.common)
+            && !report.status.is_final()
+        {
+            report.ram.remaining_bytes = common.dirty.remaining_bytes.load(Ordering::Relaxed);
+        }
+        report.guest = self.guest.place(Side::Source);
+        report.downtime_limit_seconds = lock(&self.parameters).downtime_limit.as_secs_f64();
+        report.ram.transferred_bytes = self.transferred_bytes();
+        report.channels =
+            lock(&self.channels).iter().enumerate().map(|(index, counters)| counters.report(index as u8)).collect();
+        for channel in &report.channels {
+            report.ram.pages.zero += channel.pages.zero;
+            report.ram.pages.plain += channel.pages.plain;
+        }
+        report.cpu_seconds.source = Some(self.cpu.total().as_secs_f64());
+        report
+    }
+}
 
 /// A migration out of this process, running on threads of its own. Dropping it cancels it and waits for its threads.
-#[derive(Debug)]
-pub struct Source {}
+pub struct Source {
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Source").field("uri", &self.shared.uri).finish_non_exhaustive()
+    }
+}
 
 impl Source {
     /// Starts migrating `guest` to `uri`. Returns as soon as the migration runs; [`wait`](Self::wait) for its end.
     ///
     /// # Errors
-    /// When the guest is not here or is being migrated already.
+    /// When the guest is not here, is being migrated already, or no thread can be started. Everything later is told
+    /// by the report.
     pub fn start(guest: &Arc<Guest>, uri: &Uri, parameters: &Parameters) -> Result<Self, MigrationError> {
-        let _ = (guest, uri, parameters);
-        Ok(Self {})
+        let failed = |cause| MigrationError {
+            side: Side::Source,
+            phase: Phase::Setup,
+            guest: guest.place(Side::Source),
+            cause,
+        };
+        guest.begin_outgoing().map_err(|e| failed(e.into()))?;
+        let (sender, incoming) = mpsc::channel();
+        let mut report = Report::new(Side::Source, guest.place(Side::Source));
+        report.status = Status::Setup;
+        report.ram.total_bytes = guest.machine().ram().total_bytes();
+        report.ram.remaining_bytes = report.ram.total_bytes;
+        let shared = Arc::new(Shared {
+            guest: guest.clone(),
+            uri: uri.clone(),
+            began: Instant::now(),
+            pacer: Arc::new(Pacer::new(parameters.max_bandwidth)),
+            parameters: Mutex::new(parameters.clone()),
+            stop: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
+            events: Mutex::new(Some(sender.clone())),
+            handover: Mutex::new(Handover {
+                state: SourceState::Running,
+                session: None,
+                run: Resume::StayPaused,
+                offer: None,
+                stopped: None,
+            }),
+            phase: Mutex::new(Phase::Setup),
+            report: Mutex::new(report),
+            ended: Condvar::new(),
+            control: Arc::default(),
+            channels: Mutex::default(),
+            common: Mutex::default(),
+            cpu: Arc::default(),
+            greeting: Mutex::default(),
+            round_trip: Mutex::new(Duration::from_secs(1)),
+            threads: Mutex::default(),
+        });
+        let driver = shared.clone();
+        let thread = spawn("source", move || migration::run(&driver, &sender, &incoming)).map_err(|cause| {
+            guest.end_migration();
+            failed(cause)
+        })?;
+        lock(&shared.threads).push(thread);
+        Ok(Self { shared })
     }
-    /// Where it stands, at any time.
+
+    /// Where it stands, at any time, also after the end.
     pub fn report(&self) -> Report {
-        loop {}
+        self.shared.snapshot()
     }
-    /// Asks for an end. The guest goes on here, unless it was released already.
+
+    /// Asks for an end and returns at once. The guest goes on here.
     ///
     /// # Errors
-    /// When the guest was released to the destination, or the migration is over.
+    /// When the guest was released to the destination and not heard of since: then only the destination or a person
+    /// can tell where it is. A migration that is over is not an error.
     pub fn cancel(&self) -> Result<(), MigrationError> {
+        let shared = &self.shared;
+        if lock(&shared.handover).state == SourceState::Released {
+            return Err(shared.error(Phase::Handover, GuestError::InHandover.into()));
+        }
+        {
+            let mut report = lock(&shared.report);
+            if report.status.is_final() {
+                return Ok(());
+            }
+            report.status = Status::Cancelling;
+        }
+        shared.stop.store(true, Ordering::Release);
+        if let Some(connection) = &*lock(&shared.greeting) {
+            connection.shutdown();
+        }
+        if let Some(events) = &*lock(&shared.events) {
+            let _ = events.send(Event::Cancel);
+        }
         Ok(())
     }
+
     /// Changes parameters under way.
     ///
     /// # Errors
-    /// When one of them is not live.
+    /// When one of them is not live; nothing is changed then.
     pub fn set_parameters(&self, wanted: &Parameters) -> Result<(), ParameterError> {
-        let _ = wanted;
+        lock(&self.shared.parameters).change_live(wanted)?;
+        self.shared.pacer.set_rate(wanted.max_bandwidth);
         Ok(())
     }
+
     /// Waits for the end; may be called by several threads, and again.
     pub fn wait(&self) -> Report {
-        loop {}
+        let mut report = lock(&self.shared.report);
+        while !report.status.is_final() {
+            report = self.shared.ended.wait(report).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(report);
+        self.report()
     }
-    /// A person's decision: the guest, released and not heard of, is here.
+
+    /// A person's decision: the guest, released and not heard of, is here and runs on.
     ///
     /// # Errors
     /// When nothing is undecided.
     pub fn take_back(&self) -> Result<(), MigrationError> {
-        Ok(())
+        switchover::take_back(&self.shared).map_err(|cause| self.shared.error(Phase::Handover, cause))
     }
-    /// Tries again to reach the destination of a released guest.
+
+    /// Tries again, for another `handover-timeout`, to reach the destination of a guest that was released and not
+    /// heard of. Returns at once; [`wait`](Self::wait) for the answer.
     ///
     /// # Errors
     /// When nothing is undecided.
     pub fn reconnect(&self) -> Result<(), MigrationError> {
+        let shared = &self.shared;
+        let undecided = {
+            let released = lock(&shared.handover).state == SourceState::Released;
+            let mut report = lock(&shared.report);
+            let undecided = released && report.status.is_final();
+            if undecided {
+                report.status = Status::Device;
+                report.error = None;
+            }
+            undecided
+        };
+        if !undecided {
+            let place = shared.guest.place(Side::Source);
+            return Err(shared.error(Phase::Handover, GuestError::NothingToDecide(place).into()));
+        }
+        let driver = shared.clone();
+        match spawn("source", move || switchover::resolve(&driver)) {
+            Ok(thread) => lock(&shared.threads).push(thread),
+            Err(cause) => shared.end(Err(cause)),
+        }
         Ok(())
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        let _ = self.cancel();
+        // With the guest released, this must not wait for a peer that may never come back.
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.abandoned.store(true, Ordering::Release);
+        if let Some(connection) = &*lock(&self.shared.greeting) {
+            connection.shutdown();
+        }
+        if let Some(events) = lock(&self.shared.events).take() {
+            let _ = events.send(Event::Cancel);
+        }
+        for thread in std::mem::take(&mut *lock(&self.shared.threads)) {
+            let _ = thread.join();
+        }
     }
 }

@@ -1,9 +1,99 @@
 //! Bytes: hello, frames, control messages; the only place that parses input.
+//!
+//! `docs/wire-format.md` describes version 1 to the byte, and the golden tests in `golden.rs` hold both to it.
+//! Everything here turns bytes into types and types into bytes and knows nothing else. Input is hostile: every
+//! length is checked against a bound before anything is allocated, every checksum before its bytes count.
+
+mod codec;
+mod frame;
+mod hello;
+mod message;
+mod pages;
+
+
+pub(crate) use frame::{FrameHeader, FrameType, HEADER_BYTES, data_checksum, data_checksum_with, table_checksum};
+pub(crate) use hello::{HELLO_BYTES, Hello, HelloReply, REPLY_BYTES, Role, SessionId, check_beginning};
+pub(crate) use message::{
+    Abort, AbortReason, Done, Feature, Mark, MarkAck, Message, Offer, RoundDone, Running, Section, Start,
+};
+pub(crate) use pages::{ENTRY_BYTES, MAX_ENTRIES, PageRun, decode_runs, encode_run};
+
+/// The most device state that a migration may carry.
+pub(crate) const MAX_DEVICE_STATE_BYTES: u64 = 256 << 20;
+
+/// The version this crate speaks.
+pub(crate) const VERSION: u16 = 1;
 
 /// Bytes that are not what the wire format says.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum WireError {
-    /// Placeholder.
-    #[error("bad bytes")]
-    Bad,
+    /// What connected does not speak this protocol.
+    #[error("not a Dunlin migration: it began with {beginning:?}")]
+    NotDunlin {
+        /// The first bytes, made printable.
+        beginning: String,
+    },
+    /// The peer speaks another version.
+    #[error("the peer speaks version {theirs} of the wire format, this side version {ours}")]
+    Version {
+        /// The peer's version.
+        theirs: u16,
+        /// This side's version.
+        ours: u16,
+    },
+    /// A checksum does not match: the bytes changed on the way.
+    #[error("the checksum of {what} does not match: the bytes changed on the way")]
+    Checksum {
+        /// Of what.
+        what: &'static str,
+    },
+    /// A length beyond its bound.
+    #[error("{what} has a length of {length}, more than {limit}")]
+    TooLong {
+        /// What.
+        what: &'static str,
+        /// The length given.
+        length: u64,
+        /// The bound.
+        limit: u64,
+    },
+    /// A value that has no meaning.
+    #[error("{what} is {value}, which has no meaning here")]
+    Value {
+        /// What.
+        what: &'static str,
+        /// The value.
+        value: u64,
+    },
+    /// A frame out of order.
+    #[error("frame {got} came where frame {expected} was due")]
+    Sequence {
+        /// The number due.
+        expected: u64,
+        /// The number that came.
+        got: u64,
+    },
+    /// A body that ends too early or too late.
+    #[error("{what} is not as long as its contents say")]
+    Length {
+        /// What.
+        what: &'static str,
+    },
+    /// A name that is not UTF-8.
+    #[error("{what} is not valid text")]
+    Text {
+        /// What.
+        what: &'static str,
+    },
+    /// A run of pages outside the machine's RAM.
+    #[error("a run of {length} bytes at offset {offset} of RAM block number {block} lies outside this machine's RAM")]
+    OutsideRam {
+        /// The block's number.
+        block: u16,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        length: u32,
+    },
 }

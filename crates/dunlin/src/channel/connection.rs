@@ -1,0 +1,199 @@
+//! One connection: a socket, its name for errors, and whole reads and writes.
+//!
+//! All transports end in a stream socket, so there is one kind of connection. What must stay true: a short read is
+//! an error; `shutdown` from any thread makes every blocked read and write return; sending never raises SIGPIPE.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::process::Child;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
+
+use crate::error::Cause;
+use crate::memory::GuestSlice;
+
+/// Linux's UIO_MAXIOV: pieces that one system call takes.
+const MAX_PIECES: usize = 1024;
+
+/// An open, two-way connection.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    socket: OwnedFd,
+    name: String,
+    /// The command behind an `exec` connection.
+    child: Mutex<Option<Child>>,
+}
+
+impl Connection {
+    pub(super) fn new(socket: OwnedFd, name: String) -> Self {
+        Self { socket, name, child: Mutex::new(None) }
+    }
+
+    pub(super) fn with_child(socket: OwnedFd, name: String, child: Child) -> Self {
+        Self { socket, name, child: Mutex::new(Some(child)) }
+    }
+
+    /// What errors call it.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    fn error(&self, doing: &'static str, source: io::Error) -> Cause {
+        Cause::Io { doing, target: self.name.clone(), source }
+    }
+
+    /// Sends all of `pieces`, in order.
+    pub(crate) fn send_all(&self, pieces: &mut [IoSlice<'_>]) -> Result<(), Cause> {
+        let mut rest = pieces;
+        IoSlice::advance_slices(&mut rest, 0);
+        while !rest.is_empty() {
+            let now = rest.get(..rest.len().min(MAX_PIECES)).unwrap_or_default();
+            let mut control = SendAncillaryBuffer::default();
+            match rustix::net::sendmsg(&self.socket, now, &mut control, SendFlags::NOSIGNAL) {
+                Ok(sent) => IoSlice::advance_slices(&mut rest, sent),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(self.error("send to", e.into())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives exactly `buffer`. The peer's closing before the first byte is [`Cause::Closed`], as is closing in
+    /// the middle.
+    pub(crate) fn recv_exact(&self, buffer: &mut [u8]) -> Result<(), Cause> {
+        let mut rest = buffer;
+        while !rest.is_empty() {
+            match rustix::net::recv(&self.socket, &mut *rest, RecvFlags::empty()) {
+                Ok((0, _)) => return Err(Cause::Closed { channel: self.name.clone() }),
+                Ok((got, _)) => rest = rest.get_mut(got..).unwrap_or_default(),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => {
+                    let timed_out = io::Error::new(io::ErrorKind::TimedOut, "no answer in time");
+                    return Err(self.error("receive from", timed_out));
+                }
+                Err(e) => return Err(self.error("receive from", e.into())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives into guest RAM until every slice is full.
+    pub(crate) fn recv_guest(&self, slices: &[GuestSlice<'_>]) -> Result<(), Cause> {
+        let mut pieces: Vec<libc::iovec> = slices
+            .iter()
+            .filter(|slice| slice.len() > 0)
+            .map(|slice| libc::iovec { iov_base: slice.as_mut_ptr().cast(), iov_len: slice.len() })
+            .collect();
+        let mut rest = pieces.as_mut_slice();
+        while let Some(first) = rest.first_mut() {
+            if first.iov_len == 0 {
+                rest = rest.get_mut(1..).unwrap_or_default();
+                continue;
+            }
+            let count = rest.len().min(MAX_PIECES);
+            // SAFETY: every piece lies in guest RAM by `GuestSlice`'s own check, or is the rest of such a piece. The
+            // kernel does the writing; no Rust reference to that memory exists.
+            let got = unsafe { libc::readv(self.socket.as_raw_fd(), rest.as_ptr(), count as libc::c_int) };
+            match usize::try_from(got) {
+                Ok(0) => return Err(Cause::Closed { channel: self.name.clone() }),
+                Ok(got) => rest = advance(rest, got),
+                Err(_) => match io::Error::last_os_error() {
+                    e if e.kind() == io::ErrorKind::Interrupted => {}
+                    e => return Err(self.error("receive guest RAM from", e)),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives what is there, up to `buffer`'s length, without waiting. `None` when nothing is; 0 at the end.
+    pub(crate) fn recv_available(&self, buffer: &mut [u8]) -> Result<Option<usize>, Cause> {
+        loop {
+            match rustix::net::recv(&self.socket, &mut *buffer, RecvFlags::DONTWAIT) {
+                Ok((got, _)) => return Ok(Some(got)),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => return Ok(None),
+                Err(e) => return Err(self.error("receive from", e.into())),
+            }
+        }
+    }
+
+    /// Ends the sending direction and throws away what still comes, until the peer has closed or `timeout` is over.
+    /// Closing at once instead could destroy the last message on its way to the peer.
+    pub(crate) fn finish(&self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);
+        let _ = self.set_receive_timeout(Some(Duration::from_millis(50)));
+        let mut scratch = [0; 16384];
+        while Instant::now() < deadline {
+            match rustix::net::recv(&self.socket, &mut scratch, RecvFlags::empty()) {
+                Ok((0, _)) => break,
+                Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+                Err(_) => break,
+            }
+        }
+        self.shutdown();
+    }
+
+    /// Makes reads fail that wait longer than `timeout`; `None` lets them wait.
+    pub(crate) fn set_receive_timeout(&self, timeout: Option<Duration>) -> Result<(), Cause> {
+        rustix::net::sockopt::set_socket_timeout(&self.socket, rustix::net::sockopt::Timeout::Recv, timeout)
+            .map_err(|e| self.error("set a timeout on", e.into()))
+    }
+
+    /// Makes writes fail that wait longer than `timeout`; `None` lets them wait.
+    pub(crate) fn set_send_timeout(&self, timeout: Option<Duration>) -> Result<(), Cause> {
+        rustix::net::sockopt::set_socket_timeout(&self.socket, rustix::net::sockopt::Timeout::Send, timeout)
+            .map_err(|e| self.error("set a timeout on", e.into()))
+    }
+
+    /// Ends the connection both ways. Every thread blocked on it returns.
+    pub(crate) fn shutdown(&self) {
+        // Fails only when the peer was faster.
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.shutdown();
+        let child = self.child.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(child) = child {
+            reap(child);
+        }
+    }
+}
+
+/// Waits for a command whose connection has been shut down; one that does not end by itself is killed.
+fn reap(child: &mut Child) {
+    let deadline = Instant::now() + Duration::from_secs(1);
+    while Instant::now() < deadline {
+        match child.try_wait() {
+            Ok(None) => std::thread::sleep(Duration::from_millis(5)),
+            Ok(Some(_)) | Err(_) => return,
+        }
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+fn advance(pieces: &mut [libc::iovec], mut by: usize) -> &mut [libc::iovec] {
+    let mut done = 0;
+    for piece in pieces.iter_mut() {
+        if by < piece.iov_len {
+            // Stays inside the piece, as `by` is less than its length.
+            piece.iov_base = piece.iov_base.cast::<u8>().wrapping_add(by).cast();
+            piece.iov_len -= by;
+            break;
+        }
+        by -= piece.iov_len;
+        done += 1;
+    }
+    pieces.get_mut(done..).unwrap_or_default()
+}

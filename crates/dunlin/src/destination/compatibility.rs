@@ -1,0 +1,52 @@
+//! Whether what the source announces fits this machine. Checked as a whole before any RAM is sent.
+
+use crate::error::Cause;
+use crate::machine::Machine;
+use crate::page;
+use crate::wire::Start;
+
+fn refuse<T>(reason: String) -> Result<T, Cause> {
+    Err(Cause::Incompatible { reason })
+}
+
+/// Checks features, RAM layout and the machine's profile; gives the features that will be used.
+pub(super) fn check(start: &Start, machine: &dyn Machine) -> Result<Vec<String>, Cause> {
+    let mut accepted = Vec::new();
+    for feature in &start.features {
+        if page::features().any(|known| known == feature.name) {
+            accepted.push(feature.name.clone());
+        } else if feature.required {
+            return refuse(format!("the source needs the feature {:?}, which this side does not have", feature.name));
+        }
+    }
+    check_layout(start, machine)?;
+    match machine.accept_profile(&start.profile) {
+        Ok(()) => Ok(accepted),
+        Err(error) => refuse(error.to_string()),
+    }
+}
+
+fn check_layout(start: &Start, machine: &dyn Machine) -> Result<(), Cause> {
+    let here = machine.ram().blocks();
+    if here.len() != start.blocks.len() {
+        return refuse(format!("the source has {} RAM blocks, this machine {}", start.blocks.len(), here.len()));
+    }
+    for (theirs, ours) in start.blocks.iter().zip(here) {
+        if theirs.name != ours.name() {
+            return refuse(format!(
+                "the source's RAM block {:?} stands where this machine has {:?}",
+                theirs.name,
+                ours.name()
+            ));
+        }
+        if theirs.size_bytes != ours.size_bytes() {
+            return refuse(format!(
+                "RAM block {:?} has {} bytes at the source and {} bytes here; give both machines the same memory",
+                theirs.name,
+                theirs.size_bytes,
+                ours.size_bytes()
+            ));
+        }
+    }
+    Ok(())
+}

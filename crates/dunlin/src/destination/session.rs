@@ -1,0 +1,599 @@
+//! The session of a migration that comes in, from the hello to Done.
+//!
+//! One thread reads one queue of events and advances `handover::DESTINATION_TABLE`. What must stay true: the guest's
+//! ownership is changed before a message that tells of it is sent; nothing of a session that ended as Aborted can
+//! ever make the guest run.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::compatibility;
+use super::placement::Placement;
+use super::receive::{Carries, Receiving};
+use super::{Event, Shared};
+use crate::channel::Connection;
+use crate::error::{Cause, MachineStep, Phase, Side};
+use crate::guest::Resume;
+use crate::handover::{DestinationAction, DestinationEvent, DestinationState};
+use crate::link::{
+    ChannelCounters, FrameReceiver, FrameSender, HELLO_TOTAL_BYTES, LastHeard, Pulse, SharedSender, answer_hello, lock,
+};
+use crate::machine::StateSection;
+use crate::report::{Round, Status};
+use crate::wire::{
+    Abort, AbortReason, HelloReply, MAX_DEVICE_STATE_BYTES, MarkAck, Message, Offer, Role, Running, Section, SessionId,
+    Start,
+};
+
+/// How long after a lost data channel the source's reason may take on the control connection.
+const REASON: Duration = Duration::from_secs(1);
+/// How long the last message may take to arrive before its connection is closed.
+const LAST_WORD: Duration = Duration::from_secs(1);
+
+/// How a session ended, as a source that asks later is told.
+#[derive(Debug, Clone)]
+pub(super) enum Outcome {
+    /// The guest is here.
+    Running(Running),
+    /// It will never run here.
+    Aborted(Abort),
+}
+
+/// A connection to the source that carries messages. Dropping it closes it and joins its threads.
+struct Link {
+    connection: Arc<Connection>,
+    sender: SharedSender,
+    pulse: Option<Pulse>,
+    receiver: Option<JoinHandle<()>>,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.connection.shutdown();
+        self.pulse.take();
+        if let Some(receiver) = self.receiver.take() {
+            let _ = receiver.join();
+        }
+    }
+}
+
+/// A data channel's thread.
+struct Channel {
+    index: u8,
+    connection: Arc<Connection>,
+    receiver: JoinHandle<()>,
+    /// The latest round that has arrived as a whole.
+    round: u32,
+}
+
+/// A session.
+pub(super) struct Session<'a> {
+    shared: &'a Shared,
+    id: SessionId,
+    role: Role,
+    to_self: Sender<Event>,
+    events: Receiver<Event>,
+    placement: Arc<Placement>,
+    link: Option<Link>,
+    /// Data channels announced by the source, once it has.
+    expected: Option<u8>,
+    channels: Vec<Channel>,
+    /// On a single connection, the latest round that has arrived as a whole.
+    single_round: u32,
+    /// Until when all channels must have connected.
+    channels_due: Instant,
+    sections: Vec<StateSection>,
+    section_bytes: u64,
+    incomplete: Option<StateSection>,
+    offer: Option<Offer>,
+    state: DestinationState,
+    running: Running,
+    /// What ended it.
+    cause: Option<Cause>,
+    /// A data channel is lost; the control connection may yet tell why.
+    suspicion: Option<(Cause, Instant)>,
+    done: bool,
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(
+        shared: &'a Shared,
+        id: SessionId,
+        role: Role,
+        to_self: Sender<Event>,
+        events: Receiver<Event>,
+    ) -> Self {
+        let link_timeout = lock(&shared.parameters).link_timeout;
+        Self {
+            shared,
+            id,
+            role,
+            to_self,
+            events,
+            placement: Arc::new(Placement::new(shared.guest.machine().ram())),
+            link: None,
+            expected: None,
+            channels: Vec::new(),
+            single_round: 0,
+            channels_due: Instant::now() + link_timeout,
+            sections: Vec::new(),
+            section_bytes: 0,
+            incomplete: None,
+            offer: None,
+            state: DestinationState::Loading,
+            running: Running { load: Duration::ZERO, resume: Duration::ZERO, cpu: Duration::ZERO },
+            cause: None,
+            suspicion: None,
+            done: false,
+        }
+    }
+
+    /// Drives the session to its end.
+    pub(super) fn run(mut self, control: Connection) -> Outcome {
+        let mut meter = self.shared.cpu.meter();
+        self.begin_report();
+        if let Err(cause) = self.welcome(control) {
+            self.fail(cause);
+        }
+        while !self.done && self.state != DestinationState::Aborted {
+            if let Err(cause) = self.step() {
+                self.fail(cause);
+            }
+            meter.add();
+        }
+        self.end()
+    }
+
+    fn begin_report(&self) {
+        *lock(&self.shared.began) = Some(Instant::now());
+        *lock(&self.shared.phase) = Phase::Setup;
+        let counters = Arc::new(ChannelCounters::default());
+        *lock(&self.shared.control) = counters;
+        lock(&self.shared.channels).clear();
+        let mut report = lock(&self.shared.report);
+        let fresh = crate::report::Report::new(Side::Destination, report.guest);
+        report.status = Status::Active;
+        report.session = Some(self.id.to_string());
+        report.rounds.clear();
+        report.error = None;
+        report.device_state_bytes = 0;
+        report.downtime_seconds = 0.0;
+        report.setup_seconds = 0.0;
+        report.predicted_downtime_seconds = None;
+        report.bandwidth_bytes_per_second = 0;
+        report.dirty_bytes_per_second = 0;
+        report.cpu_seconds = fresh.cpu_seconds;
+        report.ram.remaining_bytes = report.ram.total_bytes;
+    }
+
+    fn welcome(&mut self, control: Connection) -> Result<(), Cause> {
+        let carries = if self.role == Role::Single { Carries::Everything } else { Carries::Control };
+        answer_hello(&control, &HelloReply::Welcome)?;
+        self.link(control, carries)
+    }
+
+    /// Takes over a connection for messages.
+    fn link(&mut self, connection: Connection, carries: Carries) -> Result<(), Cause> {
+        let timeout = lock(&self.shared.parameters).link_timeout;
+        let connection = Arc::new(connection);
+        connection.set_send_timeout(Some(timeout))?;
+        let control = lock(&self.shared.control).clone();
+        control.bytes.fetch_add(HELLO_TOTAL_BYTES, std::sync::atomic::Ordering::Relaxed);
+        let pages = if carries == Carries::Everything { self.count_channel(0) } else { control.clone() };
+        let heard = Arc::new(LastHeard::now());
+        let sender: SharedSender = Arc::new(FrameSender::new(connection.clone(), Arc::default()).into());
+        let receiving = Receiving {
+            receiver: FrameReceiver::new(connection.clone(), control),
+            carries,
+            placement: self.placement.clone(),
+            counters: pages,
+            heard: heard.clone(),
+            events: self.to_self.clone(),
+        };
+        let mut link = Link { connection, sender: sender.clone(), pulse: None, receiver: None };
+        link.receiver = Some(receiving.start(&self.shared.cpu)?);
+        link.pulse = Some(Pulse::start(sender, heard, timeout)?);
+        self.link = Some(link);
+        Ok(())
+    }
+
+    fn count_channel(&self, index: u8) -> Arc<ChannelCounters> {
+        let counters = Arc::new(ChannelCounters::default());
+        lock(&self.shared.channels).push((index, counters.clone()));
+        counters
+    }
+
+    fn send(&self, message: &Message) -> Result<(), Cause> {
+        match &self.link {
+            Some(link) => lock(&link.sender).send(message),
+            None => Err(Cause::Closed { channel: self.shared.local_uri.to_string() }),
+        }
+    }
+
+    /// Waits for the next event and acts on it.
+    fn step(&mut self) -> Result<(), Cause> {
+        let deadline = match (&self.suspicion, self.all_connected()) {
+            (Some((_, until)), _) => Some(*until),
+            (None, false) => Some(self.channels_due),
+            (None, true) => None,
+        };
+        let event = match deadline {
+            None => self.events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(deadline) => self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())),
+        };
+        match event {
+            Ok(event) => self.on(event),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(Cause::Thread { thread: "destination acceptor", what: "ended".into() })
+            }
+            Err(RecvTimeoutError::Timeout) => Err(match self.suspicion.take() {
+                Some((cause, _)) => cause,
+                None => Cause::Silent {
+                    waiting_for: if self.expected.is_some() { "the data channels" } else { "Start" },
+                    after: lock(&self.shared.parameters).link_timeout,
+                },
+            }),
+        }
+    }
+
+    fn all_connected(&self) -> bool {
+        self.expected.is_some_and(|expected| self.channels.len() >= usize::from(expected))
+    }
+
+    fn on(&mut self, event: Event) -> Result<(), Cause> {
+        match event {
+            Event::Message(message) => self.on_message(message),
+            Event::Mark { channel, round } => self.on_mark(channel, round),
+            Event::Lost { control: true, cause } => self.on_lost(cause),
+            Event::Lost { control: false, cause } => self.on_channel_lost(cause),
+            Event::Data { index, connection } => self.on_data(index, connection),
+            Event::Again(connection) => self.on_again(connection),
+            Event::Cancel if matches!(self.state, DestinationState::Starting | DestinationState::Running) => {
+                // The guest is here. What is left is the source's Done, and nobody waits for it any more.
+                self.done = true;
+                Ok(())
+            }
+            Event::Cancel => Err(Cause::Cancelled),
+            Event::TakeOver(answer) => {
+                let taken = self.advance(DestinationEvent::TakeOver);
+                let _ = answer.send(taken);
+                Ok(())
+            }
+        }
+    }
+
+    fn on_message(&mut self, message: Message) -> Result<(), Cause> {
+        match message {
+            Message::Start(start) if self.expected.is_none() => self.on_start(&start),
+            Message::RoundDone(round) => {
+                self.on_round(&Round::from(&round));
+                Ok(())
+            }
+            Message::Section(section) if self.state == DestinationState::Loading => self.on_section(section),
+            Message::Offer(offer) if self.offer.is_none() => {
+                *lock(&self.shared.phase) = Phase::Handover;
+                self.offer = Some(offer);
+                self.load_if_complete()
+            }
+            Message::Release => self.advance(DestinationEvent::Release),
+            Message::Query => self.advance(DestinationEvent::Query),
+            Message::Abort(abort) => {
+                self.cause = Some(peer_aborted(abort));
+                self.advance(DestinationEvent::Abort)
+            }
+            Message::Done(done) if self.state == DestinationState::Running => {
+                let mut report = lock(&self.shared.report);
+                report.downtime_seconds = done.downtime.as_secs_f64();
+                report.cpu_seconds.source = Some(done.cpu.as_secs_f64());
+                self.done = true;
+                Ok(())
+            }
+            other => Err(Cause::Unexpected { message: other.name(), expected: "what comes next in a migration" }),
+        }
+    }
+
+    fn on_start(&mut self, start: &Start) -> Result<(), Cause> {
+        let single = self.role == Role::Single;
+        if single != (start.channels == 0) {
+            let reason = format!("{} data channels do not go with this kind of connection", start.channels);
+            return Err(Cause::Incompatible { reason });
+        }
+        let features = compatibility::check(start, &**self.shared.guest.machine())?;
+        self.placement.open();
+        self.expected = Some(start.channels);
+        self.channels_due = Instant::now() + lock(&self.shared.parameters).link_timeout;
+        self.send(&Message::Accepted { features })?;
+        self.shared.set_status(Phase::Precopy, Status::Active);
+        lock(&self.shared.report).setup_seconds =
+            lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    fn on_data(&mut self, index: u8, connection: Connection) -> Result<(), Cause> {
+        let expected = self.expected.unwrap_or(0);
+        let taken = self.channels.iter().any(|channel| channel.index == index);
+        if index >= expected || taken || self.state != DestinationState::Loading {
+            let reason = format!("data channel {index} is not expected: {expected} were announced, each comes once");
+            self.shared.refused(connection.name(), &reason);
+            return answer_hello(&connection, &HelloReply::Refused { reason }).or(Ok(()));
+        }
+        answer_hello(&connection, &HelloReply::Welcome)?;
+        let counters = self.count_channel(index);
+        counters.bytes.fetch_add(HELLO_TOTAL_BYTES, std::sync::atomic::Ordering::Relaxed);
+        let connection = Arc::new(connection);
+        let receiving = Receiving {
+            receiver: FrameReceiver::new(connection.clone(), counters.clone()),
+            carries: Carries::Pages { channel: index },
+            placement: self.placement.clone(),
+            counters,
+            heard: Arc::new(LastHeard::now()),
+            events: self.to_self.clone(),
+        };
+        let receiver = receiving.start(&self.shared.cpu)?;
+        self.channels.push(Channel { index, connection, receiver, round: 0 });
+        Ok(())
+    }
+
+    fn on_mark(&mut self, channel: u8, round: u32) -> Result<(), Cause> {
+        if self.role != Role::Single {
+            let found = self.channels.iter_mut().find(|c| c.index == channel);
+            found.ok_or(Cause::Unexpected { message: "Mark", expected: "a known channel" })?.round = round;
+        } else {
+            self.single_round = round;
+        }
+        self.send(&Message::MarkAck(MarkAck { channel, round }))?;
+        self.load_if_complete()
+    }
+
+    fn on_round(&self, round: &Round) {
+        let mut report = lock(&self.shared.report);
+        report.ram.remaining_bytes = round.dirty_bytes;
+        report.bandwidth_bytes_per_second = round.bandwidth_bytes_per_second;
+        report.dirty_bytes_per_second = round.dirty_bytes_per_second;
+        report.predicted_downtime_seconds = Some(round.predicted_downtime_seconds);
+        report.rounds.push(round.clone());
+    }
+
+    fn on_section(&mut self, piece: Section) -> Result<(), Cause> {
+        let too_large = Cause::DeviceStateTooLarge { limit_bytes: MAX_DEVICE_STATE_BYTES };
+        self.section_bytes = self.section_bytes.saturating_add(piece.piece.len() as u64);
+        if piece.total_bytes > MAX_DEVICE_STATE_BYTES || self.section_bytes > MAX_DEVICE_STATE_BYTES {
+            return Err(too_large);
+        }
+        let mut section = match self.incomplete.take() {
+            None => StateSection {
+                name: piece.name.clone(),
+                instance: piece.instance,
+                version: piece.version,
+                data: Vec::new(),
+            },
+            Some(begun) if (&begun.name, begun.instance) == (&piece.name, piece.instance) => begun,
+            Some(_) => return Err(Cause::Unexpected { message: "Section", expected: "the rest of another section" }),
+        };
+        section.data.extend_from_slice(&piece.piece);
+        match (section.data.len() as u64).cmp(&piece.total_bytes) {
+            std::cmp::Ordering::Less => self.incomplete = Some(section),
+            std::cmp::Ordering::Equal => self.sections.push(section),
+            std::cmp::Ordering::Greater => return Err(too_large),
+        }
+        // As many empty sections as there can be messages would have no bound otherwise.
+        if self.sections.len() > 65_536 {
+            return Err(Cause::DeviceStateTooLarge { limit_bytes: MAX_DEVICE_STATE_BYTES });
+        }
+        self.shared.set_status(Phase::Switchover, Status::Device);
+        lock(&self.shared.report).device_state_bytes = self.section_bytes;
+        Ok(())
+    }
+
+    /// Once the offer and everything it names are here: loads, checks, and says Ready.
+    fn load_if_complete(&mut self) -> Result<(), Cause> {
+        let Some(offer) = self.offer else { return Ok(()) };
+        let arrived = match self.role {
+            Role::Single => self.single_round >= offer.last_round,
+            _ => self.all_connected() && self.channels.iter().all(|channel| channel.round >= offer.last_round),
+        };
+        if !arrived || self.state != DestinationState::Loading {
+            return Ok(());
+        }
+        let began = Instant::now();
+        self.placement.close();
+        let (mut zero, mut plain) = (0, 0);
+        for (_, counters) in lock(&self.shared.channels).iter() {
+            let pages = counters.pages();
+            zero += pages.zero;
+            plain += pages.plain;
+        }
+        if (zero, plain) != (offer.zero_pages, offer.plain_pages) {
+            return Err(Cause::Incompatible {
+                reason: format!(
+                    "the source sent {} zero and {} plain pages, {zero} and {plain} arrived",
+                    offer.zero_pages, offer.plain_pages
+                ),
+            });
+        }
+        let sections = std::mem::take(&mut self.sections);
+        if sections.len() as u64 != u64::from(offer.sections) || self.incomplete.is_some() {
+            return Err(Cause::Incompatible {
+                reason: format!("the source sent {} sections of device state, {} arrived", offer.sections, sections.len()),
+            });
+        }
+        let machine = self.shared.guest.machine();
+        machine.load(sections).map_err(|source| Cause::Machine { step: MachineStep::Load, source })?;
+        self.running.load = began.elapsed();
+        lock(&self.shared.report).ram.remaining_bytes = 0;
+        self.advance(DestinationEvent::Loaded)
+    }
+
+    fn on_lost(&mut self, cause: Cause) -> Result<(), Cause> {
+        let silent = self.link.as_ref().and_then(|link| link.pulse.as_ref()).is_some_and(Pulse::found_silence);
+        let cause = if silent {
+            Cause::Silent { waiting_for: "a sign of life", after: lock(&self.shared.parameters).link_timeout }
+        } else {
+            cause
+        };
+        self.link = None;
+        self.advance(DestinationEvent::LinkLost)?;
+        match self.state {
+            DestinationState::Ready => {
+                // Not the end: the source connects again, or a person decides.
+                let error = self.shared.error(cause);
+                lock(&self.shared.report).error = Some((&error).into());
+                if let Some(current) = &mut *lock(&self.shared.session) {
+                    current.orphaned = Some(Instant::now());
+                }
+            }
+            DestinationState::Aborted => self.cause = self.suspicion.take().map(|(cause, _)| cause).or(Some(cause)),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn on_channel_lost(&mut self, cause: Cause) -> Result<(), Cause> {
+        if self.state != DestinationState::Loading || self.suspicion.is_some() {
+            return Ok(());
+        }
+        match cause {
+            Cause::Closed { .. } | Cause::Io { .. } => {
+                self.suspicion = Some((cause, Instant::now() + REASON));
+                Ok(())
+            }
+            wrong => Err(wrong),
+        }
+    }
+
+    fn on_again(&mut self, connection: Connection) -> Result<(), Cause> {
+        self.link = None;
+        if let Some(current) = &mut *lock(&self.shared.session) {
+            current.orphaned = None;
+        }
+        // That this connection fails too changes nothing: the source comes again.
+        let linked = answer_hello(&connection, &HelloReply::Welcome);
+        let _ = linked.and_then(|()| self.link(connection, Carries::Control));
+        Ok(())
+    }
+
+    /// Advances the handover and carries out its actions.
+    fn advance(&mut self, event: DestinationEvent) -> Result<(), Cause> {
+        let (next, actions) = self.state.on(event)?;
+        let before = std::mem::replace(&mut self.state, next);
+        if before != next {
+            self.enter(next);
+        }
+        for action in actions {
+            // A message that cannot be sent is asked for again over another connection.
+            match action {
+                DestinationAction::SendReady => drop(self.send(&Message::Ready)),
+                DestinationAction::SendRunning => {
+                    self.running.cpu = self.shared.cpu.total();
+                    drop(self.send(&Message::Running(self.running)));
+                }
+                DestinationAction::SendAborted => drop(self.send(&Message::Abort(self.abort()))),
+                DestinationAction::StartGuest => self.start_guest()?,
+            }
+        }
+        Ok(())
+    }
+
+    /// What a state means for the guest and the report.
+    fn enter(&self, state: DestinationState) {
+        if let Some(current) = &mut *lock(&self.shared.session) {
+            current.state = state;
+        }
+        match state {
+            DestinationState::Ready => {
+                self.shared.guest.undecided();
+                self.shared.set_status(Phase::Handover, Status::Device);
+            }
+            DestinationState::Aborted => self.shared.guest.await_again(),
+            DestinationState::Running => {
+                self.shared.guest.end_migration();
+                let mut report = lock(&self.shared.report);
+                report.total_seconds = lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
+                report.error = None;
+                report.status = Status::Completed;
+                self.shared.changed.notify_all();
+            }
+            DestinationState::Loading | DestinationState::Starting => {}
+        }
+    }
+
+    fn start_guest(&mut self) -> Result<(), Cause> {
+        let began = Instant::now();
+        let run = if self.offer.is_some_and(|offer| offer.run) { Resume::Run } else { Resume::StayPaused };
+        match self.shared.guest.own(run) {
+            Ok(()) => {
+                self.running.resume = began.elapsed();
+                self.advance(DestinationEvent::Started)
+            }
+            Err(error) => {
+                self.cause = Some(error.into());
+                self.advance(DestinationEvent::StartFailed)
+            }
+        }
+    }
+
+    fn abort(&self) -> Abort {
+        let reason = match &self.cause {
+            Some(Cause::Incompatible { .. }) => AbortReason::Refused,
+            Some(Cause::Cancelled) => AbortReason::Cancelled,
+            _ => AbortReason::Failed,
+        };
+        let text = match &self.cause {
+            Some(Cause::Incompatible { reason }) => reason.clone(),
+            Some(cause) => cause.to_string(),
+            None => "the destination gave up".to_owned(),
+        };
+        Abort { reason, guest: self.shared.guest.place(Side::Destination), text }
+    }
+
+    /// Something failed on this side.
+    fn fail(&mut self, cause: Cause) {
+        // Once the guest is here nothing that happens to a connection is a failure.
+        if !matches!(self.state, DestinationState::Loading | DestinationState::Ready) {
+            return;
+        }
+        self.placement.close();
+        self.cause = Some(cause);
+        let _ = self.advance(DestinationEvent::Failed);
+    }
+
+    /// Closes everything; tells how it ended.
+    fn end(mut self) -> Outcome {
+        self.placement.close();
+        if let Some(link) = &self.link {
+            link.connection.finish(LAST_WORD);
+        }
+        self.link = None;
+        for channel in self.channels.drain(..) {
+            channel.connection.shutdown();
+            let _ = channel.receiver.join();
+        }
+        if self.state != DestinationState::Aborted {
+            return Outcome::Running(self.running);
+        }
+        let outcome = Outcome::Aborted(self.abort());
+        let status = match &self.cause {
+            Some(Cause::Cancelled | Cause::CancelledByPeer { .. }) => Status::Cancelled,
+            _ => Status::Failed,
+        };
+        let cause = self.cause.take().unwrap_or(Cause::Closed { channel: self.shared.local_uri.to_string() });
+        let error = self.shared.error(cause);
+        let mut report = lock(&self.shared.report);
+        report.total_seconds = lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
+        report.error = Some((&error).into());
+        report.status = status;
+        self.shared.changed.notify_all();
+        outcome
+    }
+}
+
+fn peer_aborted(abort: Abort) -> Cause {
+    let by = Side::Source;
+    match abort.reason {
+        AbortReason::Cancelled => Cause::CancelledByPeer { by },
+        AbortReason::Failed => Cause::Peer { by, reason: abort.text },
+        AbortReason::Refused => Cause::Refused { by, reason: abort.text },
+    }
+}

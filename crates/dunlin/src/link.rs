@@ -1,0 +1,332 @@
+//! Frames over connections: numbered, checksummed, counted.
+//!
+//! What must stay true: frames of one direction of one connection are numbered without gaps, and a sender that failed
+//! in the middle of a frame sends no more.
+
+use std::io::IoSlice;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::channel::Connection;
+use crate::error::Cause;
+use crate::report::{ChannelReport, PageCounts};
+use crate::wire::{
+    FrameHeader, FrameType, HEADER_BYTES, HELLO_BYTES, Hello, HelloReply, Message, PageRun, REPLY_BYTES, Role, SessionId, WireError,
+    data_checksum, decode_runs, table_checksum,
+};
+
+/// Figures of one channel, readable while it works.
+#[derive(Debug, Default)]
+pub(crate) struct ChannelCounters {
+    pub(crate) bytes: AtomicU64,
+    pub(crate) frames: AtomicU64,
+    pub(crate) zero_pages: AtomicU64,
+    pub(crate) plain_pages: AtomicU64,
+}
+
+impl ChannelCounters {
+    pub(crate) fn pages(&self) -> PageCounts {
+        PageCounts {
+            zero: self.zero_pages.load(Ordering::Acquire),
+            plain: self.plain_pages.load(Ordering::Acquire),
+        }
+    }
+
+    pub(crate) fn report(&self, index: u8) -> ChannelReport {
+        ChannelReport {
+            index,
+            transferred_bytes: self.bytes.load(Ordering::Relaxed),
+            frames: self.frames.load(Ordering::Relaxed),
+            pages: self.pages(),
+        }
+    }
+}
+
+/// The sending direction of a connection.
+#[derive(Debug)]
+pub(crate) struct FrameSender {
+    connection: Arc<Connection>,
+    counters: Arc<ChannelCounters>,
+    sequence: u64,
+    broken: bool,
+}
+
+/// A sender that several threads use: control messages and, on a single connection, pages.
+pub(crate) type SharedSender = Arc<Mutex<FrameSender>>;
+
+/// Locks, whatever happened to the thread that held the lock before: what is guarded is checked anyway.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl FrameSender {
+    pub(crate) fn new(connection: Arc<Connection>, counters: Arc<ChannelCounters>) -> Self {
+        Self { connection, counters, sequence: 0, broken: false }
+    }
+
+    pub(crate) fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+
+    /// Sends a control message.
+    pub(crate) fn send(&mut self, message: &Message) -> Result<(), Cause> {
+        self.send_frame(message.frame_type(), &[], &message.encode())
+    }
+
+    /// Sends a frame of pages: a table of runs and their encodings.
+    pub(crate) fn send_pages(&mut self, table: &[u8], data: &[u8]) -> Result<(), Cause> {
+        self.send_frame(FrameType::Pages, table, data)
+    }
+
+    fn send_frame(&mut self, frame_type: FrameType, table: &[u8], data: &[u8]) -> Result<(), Cause> {
+        if self.broken {
+            return Err(Cause::Closed { channel: self.connection.name().to_owned() });
+        }
+        let header = FrameHeader {
+            frame_type,
+            sequence: self.sequence,
+            table_length: table.len() as u32,
+            data_length: data.len() as u32,
+            table_checksum: table_checksum(table),
+            data_checksum: data_checksum(data),
+        };
+        let header = header.encode();
+        let mut pieces = [IoSlice::new(&header), IoSlice::new(table), IoSlice::new(data)];
+        self.broken = true;
+        self.connection.send_all(&mut pieces)?;
+        self.broken = false;
+        self.sequence = self.sequence.wrapping_add(1);
+        let bytes = (HEADER_BYTES + table.len() + data.len()) as u64;
+        self.counters.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.counters.frames.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// The receiving direction of a connection.
+#[derive(Debug)]
+pub(crate) struct FrameReceiver {
+    connection: Arc<Connection>,
+    counters: Arc<ChannelCounters>,
+    sequence: u64,
+    table: Vec<u8>,
+}
+
+/// What came.
+#[derive(Debug)]
+pub(crate) enum Received {
+    Message(Message),
+    /// The table of a Pages frame, decoded and checked; its data is still to be received.
+    Pages(PagesFrame),
+}
+
+/// A Pages frame whose data is still to be received.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PagesFrame {
+    /// The checksum that the data must have.
+    pub(crate) data_checksum: u64,
+}
+
+impl FrameReceiver {
+    pub(crate) fn new(connection: Arc<Connection>, counters: Arc<ChannelCounters>) -> Self {
+        Self { connection, counters, sequence: 0, table: Vec::new() }
+    }
+
+    pub(crate) fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+
+    /// Says on which channel the bytes were wrong.
+    pub(crate) fn wire(&self, source: WireError) -> Cause {
+        Cause::Wire { channel: self.connection.name().to_owned(), source }
+    }
+
+    /// Receives the next frame. The runs of a Pages frame, checked against `block_bytes`, go to `runs`.
+    pub(crate) fn next(&mut self, block_bytes: &[u64], runs: &mut Vec<PageRun>) -> Result<Received, Cause> {
+        let mut bytes = [0; HEADER_BYTES];
+        self.connection.recv_exact(&mut bytes)?;
+        let header = FrameHeader::decode(&bytes, self.sequence).map_err(|e| self.wire(e))?;
+        self.sequence = self.sequence.wrapping_add(1);
+        let total = HEADER_BYTES as u64 + u64::from(header.table_length) + u64::from(header.data_length);
+        self.counters.bytes.fetch_add(total, Ordering::Relaxed);
+        self.counters.frames.fetch_add(1, Ordering::Relaxed);
+        // Within the limit of its type: `decode` saw to it.
+        self.table.resize(header.table_length as usize, 0);
+        self.connection.recv_exact(&mut self.table)?;
+        if table_checksum(&self.table) != header.table_checksum {
+            return Err(self.wire(WireError::Checksum { what: "a frame's table" }));
+        }
+        if header.frame_type == FrameType::Pages {
+            decode_runs(&self.table, header.data_length, block_bytes, runs).map_err(|e| self.wire(e))?;
+            return Ok(Received::Pages(PagesFrame { data_checksum: header.data_checksum }));
+        }
+        let mut body = vec![0; header.data_length as usize];
+        self.connection.recv_exact(&mut body)?;
+        if data_checksum(&body) != header.data_checksum {
+            return Err(self.wire(WireError::Checksum { what: "a message" }));
+        }
+        Message::decode(header.frame_type, &body).map(Received::Message).map_err(|e| self.wire(e))
+    }
+
+    /// Receives a control message where pages have no place.
+    pub(crate) fn next_message(&mut self) -> Result<Message, Cause> {
+        match self.next(&[], &mut Vec::new())? {
+            Received::Message(message) => Ok(message),
+            Received::Pages(_) => Err(Cause::Unexpected { message: "Pages", expected: "a message" }),
+        }
+    }
+}
+
+/// Says hello on a new connection and waits for the answer.
+pub(crate) fn say_hello(
+    connection: &Connection,
+    role: Role,
+    session: SessionId,
+    timeout: Duration,
+) -> Result<(), Cause> {
+    let hello = Hello { role, session };
+    connection.set_receive_timeout(Some(timeout))?;
+    connection.set_send_timeout(Some(timeout))?;
+    connection.send_all(&mut [IoSlice::new(&hello.encode())])?;
+    let mut reply = [0; REPLY_BYTES];
+    connection.recv_exact(&mut reply)?;
+    connection.set_receive_timeout(None)?;
+    match HelloReply::decode(&reply) {
+        Ok(HelloReply::Welcome) => Ok(()),
+        Ok(HelloReply::Refused { reason }) => {
+            Err(Cause::Refused { by: crate::error::Side::Destination, reason })
+        }
+        Err(source) => Err(Cause::Wire { channel: connection.name().to_owned(), source }),
+    }
+}
+
+/// Answers a hello.
+pub(crate) fn answer_hello(connection: &Connection, reply: &HelloReply) -> Result<(), Cause> {
+    connection.send_all(&mut [IoSlice::new(&reply.encode())])
+}
+
+/// The number of bytes of hello and answer, for the counters.
+pub(crate) const HELLO_TOTAL_BYTES: u64 = (HELLO_BYTES + REPLY_BYTES) as u64;
+
+/// When the peer was last heard of.
+#[derive(Debug)]
+pub(crate) struct LastHeard {
+    began: Instant,
+    nanoseconds: AtomicU64,
+}
+
+impl LastHeard {
+    pub(crate) fn now() -> Self {
+        Self { began: Instant::now(), nanoseconds: AtomicU64::new(0) }
+    }
+
+    pub(crate) fn touch(&self) {
+        let since = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.nanoseconds.store(since, Ordering::Relaxed);
+    }
+
+    pub(crate) fn silence(&self) -> Duration {
+        self.began.elapsed().saturating_sub(Duration::from_nanos(self.nanoseconds.load(Ordering::Relaxed)))
+    }
+}
+
+/// Keeps a link alive and notices when it is dead: sends heartbeats, and shuts the connection down when the peer has
+/// been silent for too long. Ends, and its thread with it, when dropped.
+#[derive(Debug)]
+pub(crate) struct Pulse {
+    stop: Option<mpsc::Sender<()>>,
+    silent: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Pulse {
+    pub(crate) fn start(sender: SharedSender, heard: Arc<LastHeard>, timeout: Duration) -> Result<Self, Cause> {
+        let (stop, stopped) = mpsc::channel();
+        let silent = Arc::new(AtomicBool::new(false));
+        let flag = silent.clone();
+        let connection = lock(&sender).connection().clone();
+        let interval = (timeout / 5).min(Duration::from_secs(1));
+        let thread = spawn("pulse", move || {
+            while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(interval) {
+                if heard.silence() > timeout {
+                    flag.store(true, Ordering::Release);
+                    connection.shutdown();
+                    return;
+                }
+                // A sender that is busy shows life by itself; a failure shows on the receiving side.
+                if let Ok(mut sender) = sender.try_lock() {
+                    let _ = sender.send(&Message::Heartbeat);
+                }
+            }
+        })?;
+        Ok(Self { stop: Some(stop), silent, thread: Some(thread) })
+    }
+
+    /// Whether the link was given up because nothing was heard.
+    pub(crate) fn found_silence(&self) -> bool {
+        self.silent.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Pulse {
+    fn drop(&mut self) {
+        self.stop.take();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Starts one of the engine's threads.
+pub(crate) fn spawn(name: &'static str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Cause> {
+    std::thread::Builder::new()
+        .name(format!("dunlin {name}"))
+        .spawn(body)
+        .map_err(|e| Cause::Thread { thread: name, what: format!("could not be started: {e}") })
+}
+
+/// CPU time of the calling thread so far.
+pub(crate) fn thread_cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
+}
+
+/// CPU time of several threads, each adding its own when it ends or at a pause.
+#[derive(Debug, Default)]
+pub(crate) struct CpuTime(AtomicU64);
+
+/// Adds what the thread has used since the last call.
+#[derive(Debug)]
+pub(crate) struct CpuMeter {
+    total: Arc<CpuTime>,
+    last: Duration,
+}
+
+impl CpuTime {
+    pub(crate) fn total(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Ordering::Relaxed))
+    }
+
+    /// A meter for the calling thread.
+    pub(crate) fn meter(self: &Arc<Self>) -> CpuMeter {
+        CpuMeter { total: self.clone(), last: thread_cpu_time() }
+    }
+}
+
+impl CpuMeter {
+    pub(crate) fn add(&mut self) {
+        let now = thread_cpu_time();
+        let used = now.saturating_sub(self.last);
+        self.last = now;
+        self.total.0.fetch_add(u64::try_from(used.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+}
+
+impl Drop for CpuMeter {
+    fn drop(&mut self) {
+        self.add();
+    }
+}

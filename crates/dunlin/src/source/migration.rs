@@ -1,0 +1,274 @@
+//! The driving thread: setup, precopy rounds, and the way into the switchover.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::{Duration, Instant};
+
+use super::convergence::{self, Costs, Decision, RoundFigures, Verdict};
+use super::setup::{self, Control};
+use super::worker::{Common, DirtyRam};
+use super::workers::Workers;
+use super::{Event, Shared, switchover};
+use crate::channel::Connections;
+use crate::error::{Cause, MachineStep, Phase};
+use crate::link::lock;
+use crate::report::{PageCounts, Round, Status};
+use crate::units::format_size;
+use crate::wire::{Message, RoundDone, SessionId};
+
+/// Pausing, reading, loading and resuming a machine, before there is a measurement.
+const PAUSE_SAVE_LOAD_RESUME: Duration = Duration::from_millis(1);
+
+/// A migration on its way.
+pub(super) struct Migration<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) incoming: &'a Receiver<Event>,
+    pub(super) control: Control,
+    pub(super) workers: Workers,
+    pub(super) common: Arc<Common>,
+    rounds: Vec<RoundFigures>,
+    last_sync: Duration,
+    /// Channels on which the destination has everything of the present round.
+    acknowledged: usize,
+    /// The figures at the end of the round before.
+    moved_before: u64,
+    pages_before: PageCounts,
+}
+
+/// The whole of a migration.
+pub(super) fn run(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) {
+    let _meter = shared.cpu.meter();
+    let result = migrate(shared, events, incoming);
+    shared.end(result);
+    lock(&shared.events).take();
+}
+
+fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) -> Result<(), Cause> {
+    let session = SessionId::random().map_err(|source| Cause::Io {
+        doing: "make",
+        target: "a session id".into(),
+        source,
+    })?;
+    lock(&shared.handover).session = Some(session);
+    lock(&shared.report).session = Some(session.to_string());
+    let machine = shared.guest.machine().clone();
+    let tracker = machine
+        .dirty_tracker()
+        .map_err(|source| Cause::Machine { step: MachineStep::Track, source })?;
+    let (control, channels) = match setup::agree(shared, session, events, incoming) {
+        Ok(agreed) => agreed,
+        Err(cause) => return switchover::fail(shared, None, cause),
+    };
+    let start = || -> Result<_, Cause> {
+        tracker.start()?;
+        let common = Arc::new(Common {
+            ram: machine.ram().clone(),
+            dirty: DirtyRam::new(machine.ram(), tracker),
+            pacer: shared.pacer.clone(),
+            stop: Arc::new(AtomicBool::new(false)),
+        });
+        *lock(&shared.common) = Some(common.clone());
+        let single = shared.uri.connections() == Connections::Single;
+        Ok((Workers::start(&common, &channels, single, events, &shared.cpu)?, common))
+    };
+    let (workers, common) = match start() {
+        Ok(started) => started,
+        Err(cause) => return switchover::fail(shared, Some(&control), cause),
+    };
+    drop(channels);
+    let mut migration = Migration {
+        shared,
+        incoming,
+        control,
+        workers,
+        common,
+        rounds: Vec::new(),
+        last_sync: Duration::ZERO,
+        acknowledged: 0,
+        moved_before: shared.transferred_bytes(),
+        pages_before: PageCounts::default(),
+    };
+    match migration.precopy().and_then(|round| migration.switch_over(round + 1)) {
+        Ok(()) => Ok(()),
+        Err(cause) => {
+            let Migration { control, workers, .. } = migration;
+            // The guest first: it may be paused, and joining threads takes its time.
+            let failed = switchover::begin_to_fail(shared, &cause);
+            drop(workers);
+            switchover::end_failing(shared, Some(&control), cause, failed)
+        }
+    }
+}
+
+impl Migration<'_> {
+    /// Rounds until the switchover is decided; the number of the last one.
+    fn precopy(&mut self) -> Result<u32, Cause> {
+        lock(&self.shared.report).setup_seconds = self.shared.began.elapsed().as_secs_f64();
+        self.shared.set_phase(Phase::Precopy, Status::Active);
+        for number in 1.. {
+            let began = Instant::now();
+            self.send_round(number)?;
+            self.await_placed(number)?;
+            let duration = began.elapsed();
+            let verdict = self.end_round(number, duration)?;
+            if verdict.decision == Decision::SwitchOver {
+                return Ok(number);
+            }
+        }
+        Err(Cause::Unexpected { message: "too many rounds", expected: "convergence" })
+    }
+
+    /// Sends everything that is dirty.
+    pub(super) fn send_round(&mut self, number: u32) -> Result<(), Cause> {
+        self.workers.begin(number)?;
+        let mut busy = self.workers.count();
+        let mut failed = None;
+        while busy > 0 {
+            match self.shared.next_event(self.incoming, &self.control)? {
+                Event::Worker(Ok(())) => busy -= 1,
+                // The destination may be about to say why.
+                Event::Worker(Err(cause)) => {
+                    failed = Some(cause);
+                    break;
+                }
+                Event::Message(message) => self.during_round(message, number)?,
+                Event::Lost(_) | Event::Cancel => {}
+            }
+        }
+        match failed {
+            None => Ok(()),
+            Some(cause) => Err(self.reason_of_worker(cause)),
+        }
+    }
+
+    /// A worker's connection failed. If the destination closed it, it says why on the control connection.
+    fn reason_of_worker(&self, cause: Cause) -> Cause {
+        let deadline = Instant::now() + Duration::from_secs(1);
+        while let Ok(event) = self.incoming.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match event {
+                Event::Message(Message::Abort(abort)) => return setup::aborted(&abort),
+                Event::Cancel => return Cause::Cancelled,
+                Event::Lost(_) => return cause,
+                Event::Message(_) | Event::Worker(_) => {}
+            }
+        }
+        cause
+    }
+
+    /// Counts the acknowledgements of a round that come before all workers are done.
+    fn during_round(&mut self, message: Message, number: u32) -> Result<(), Cause> {
+        match message {
+            Message::MarkAck(ack) if ack.round == number => {
+                self.acknowledged += 1;
+                Ok(())
+            }
+            Message::Abort(abort) => Err(setup::aborted(&abort)),
+            other => Err(Cause::Unexpected { message: other.name(), expected: "MarkAck" }),
+        }
+    }
+
+    /// Waits until the destination has put everything of the round in its place: so that the time measured is the
+    /// whole way's, and nothing is queued when the guest is stopped.
+    fn await_placed(&mut self, number: u32) -> Result<(), Cause> {
+        while self.acknowledged < self.workers.count() {
+            let message = self.shared.next_message(self.incoming, &self.control)?;
+            self.during_round(message, number)?;
+        }
+        self.acknowledged = 0;
+        Ok(())
+    }
+
+    /// Figures, decision, report.
+    fn end_round(&mut self, number: u32, duration: Duration) -> Result<Verdict, Cause> {
+        let began = Instant::now();
+        let (dirty_bytes, dirty_rate) = self.common.dirty.sync()?;
+        self.last_sync = began.elapsed();
+        let (moved, pages) = self.moved();
+        self.rounds.push(RoundFigures { duration, transferred_bytes: moved, dirty_bytes, dirty_rate });
+        let (limit, max_bandwidth) = {
+            let parameters = lock(&self.shared.parameters);
+            (parameters.downtime_limit, parameters.max_bandwidth)
+        };
+        let round_trip = *lock(&self.shared.round_trip);
+        let fixed = PAUSE_SAVE_LOAD_RESUME + self.last_sync + round_trip * 2;
+        let verdict = convergence::decide(&self.rounds, &Costs { fixed, max_bandwidth }, limit);
+        let round = RoundDone {
+            number,
+            duration,
+            ram_bytes: (pages.zero + pages.plain).saturating_mul(crate::memory::PAGE_SIZE),
+            transferred_bytes: moved,
+            zero_pages: pages.zero,
+            plain_pages: pages.plain,
+            dirty_bytes,
+            bandwidth: verdict.bandwidth,
+            dirty_rate,
+            predicted_downtime: verdict.predicted,
+        };
+        self.report_round(&round, &verdict, limit);
+        self.control.send(&Message::RoundDone(round))?;
+        Ok(verdict)
+    }
+
+    fn report_round(&self, round: &RoundDone, verdict: &Verdict, limit: Duration) {
+        let mut report = lock(&self.shared.report);
+        report.rounds.push(Round::from(round));
+        report.bandwidth_bytes_per_second = round.bandwidth;
+        report.dirty_bytes_per_second = round.dirty_rate;
+        report.predicted_downtime_seconds = Some(round.predicted_downtime.as_secs_f64());
+        report.not_converging = verdict.not_converging.then(|| {
+            format!(
+                "the guest dirties {}/s while {}/s can be sent; after each round {} are dirty again, which would stop \
+                 it for {:.0} ms where {:.0} ms are allowed; raise max-bandwidth or downtime-limit, or slow the guest",
+                format_size(round.dirty_rate),
+                format_size(round.bandwidth),
+                format_size(round.dirty_bytes),
+                round.predicted_downtime.as_secs_f64() * 1e3,
+                limit.as_secs_f64() * 1e3,
+            )
+        });
+    }
+
+    /// Bytes and pages since the round before.
+    pub(super) fn moved(&mut self) -> (u64, PageCounts) {
+        let moved = self.shared.transferred_bytes();
+        let mut pages = PageCounts::default();
+        for counters in lock(&self.shared.channels).iter() {
+            let counted = counters.pages();
+            pages.zero += counted.zero;
+            pages.plain += counted.plain;
+        }
+        let since = PageCounts {
+            zero: pages.zero - self.pages_before.zero,
+            plain: pages.plain - self.pages_before.plain,
+        };
+        let bytes = moved.saturating_sub(std::mem::replace(&mut self.moved_before, moved));
+        self.pages_before = pages;
+        (bytes, since)
+    }
+
+    /// Totals of all rounds.
+    pub(super) fn pages(&self) -> PageCounts {
+        self.pages_before
+    }
+
+    pub(super) fn stopped(&self) -> bool {
+        self.shared.stop.load(Ordering::Acquire)
+    }
+}
+
+impl From<&RoundDone> for Round {
+    fn from(round: &RoundDone) -> Self {
+        Self {
+            number: round.number,
+            seconds: round.duration.as_secs_f64(),
+            ram_bytes: round.ram_bytes,
+            transferred_bytes: round.transferred_bytes,
+            pages: PageCounts { zero: round.zero_pages, plain: round.plain_pages },
+            dirty_bytes: round.dirty_bytes,
+            bandwidth_bytes_per_second: round.bandwidth,
+            dirty_bytes_per_second: round.dirty_rate,
+            predicted_downtime_seconds: round.predicted_downtime.as_secs_f64(),
+        }
+    }
+}

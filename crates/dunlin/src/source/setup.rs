@@ -1,0 +1,175 @@
+//! Connecting, agreeing, and opening the data channels.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use super::{Event, Shared};
+use crate::channel::{Connection, Connections};
+use crate::error::{Cause, Side};
+use crate::link::{
+    ChannelCounters, FrameReceiver, FrameSender, HELLO_TOTAL_BYTES, LastHeard, Pulse, SharedSender, lock, say_hello,
+    spawn,
+};
+use crate::page;
+use crate::wire::{AbortReason, Feature, Message, Role, SessionId, Start};
+
+/// A data channel: its sender and its figures.
+pub(super) struct DataChannel {
+    pub(super) sender: SharedSender,
+    pub(super) counters: Arc<ChannelCounters>,
+}
+
+/// The control connection and what keeps it alive. Dropping it ends the connection and its threads.
+pub(super) struct Control {
+    pub(super) sender: SharedSender,
+    connection: Arc<Connection>,
+    pulse: Option<Pulse>,
+    reader: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Control {
+    /// Takes over a connection whose hello was answered: starts its pulse and its reader, which turns what comes into
+    /// events.
+    pub(super) fn open(
+        connection: Arc<Connection>,
+        counters: Arc<ChannelCounters>,
+        shared: &Shared,
+        events: Sender<Event>,
+    ) -> Result<Self, Cause> {
+        let timeout = lock(&shared.parameters).link_timeout;
+        let sender: SharedSender = Arc::new(FrameSender::new(connection.clone(), counters).into());
+        let heard = Arc::new(LastHeard::now());
+        let pulse = Pulse::start(sender.clone(), heard.clone(), timeout)?;
+        let mut receiver = FrameReceiver::new(connection.clone(), Arc::default());
+        let cpu = shared.cpu.clone();
+        let reader = spawn("source reader", move || {
+            let _meter = cpu.meter();
+            loop {
+                let message = receiver.next_message();
+                heard.touch();
+                let event = match message {
+                    Ok(Message::Heartbeat) => continue,
+                    Ok(message) => Event::Message(message),
+                    Err(cause) => Event::Lost(cause),
+                };
+                let last = matches!(event, Event::Lost(_));
+                if events.send(event).is_err() || last {
+                    return;
+                }
+            }
+        })?;
+        Ok(Self { sender, connection, pulse: Some(pulse), reader: Some(reader) })
+    }
+
+    pub(super) fn send(&self, message: &Message) -> Result<(), Cause> {
+        lock(&self.sender).send(message)
+    }
+
+    pub(super) fn found_silence(&self) -> bool {
+        self.pulse.as_ref().is_some_and(Pulse::found_silence)
+    }
+
+    /// Lets what was sent arrive before the connection is closed.
+    pub(super) fn finish(&self) {
+        self.connection.finish(Duration::from_secs(1));
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.connection.shutdown();
+        self.pulse.take();
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+    }
+}
+
+/// Connects and says hello.
+pub(super) fn connect(
+    shared: &Shared,
+    role: Role,
+    session: SessionId,
+    timeout: Duration,
+    stop: &AtomicBool,
+) -> Result<Arc<Connection>, Cause> {
+    let connection = Arc::new(shared.uri.connect(timeout, stop)?);
+    // Whoever sets `stop` cuts this connection, so as not to have to wait for the answer.
+    *lock(&shared.greeting) = Some(connection.clone());
+    let asked = Instant::now();
+    let stopped = || stop.load(Ordering::Acquire);
+    let said = if stopped() { Err(Cause::Cancelled) } else { say_hello(&connection, role, session, timeout) };
+    lock(&shared.greeting).take();
+    match said {
+        Err(_) if stopped() => Err(Cause::Cancelled),
+        Err(cause) => Err(cause),
+        Ok(()) => {
+            let mut round_trip = lock(&shared.round_trip);
+            *round_trip = round_trip.min(asked.elapsed());
+            Ok(connection)
+        }
+    }
+}
+
+/// Agrees with the destination on everything and opens the data channels.
+pub(super) fn agree(
+    shared: &Shared,
+    session: SessionId,
+    events: &Sender<Event>,
+    incoming: &std::sync::mpsc::Receiver<Event>,
+) -> Result<(Control, Vec<DataChannel>), Cause> {
+    let wanted = match shared.uri.connections() {
+        Connections::Single => 0,
+        Connections::Many => lock(&shared.parameters).multifd_channels,
+    };
+    let timeout = lock(&shared.parameters).link_timeout;
+    let role = if wanted == 0 { Role::Single } else { Role::Control };
+    let control_counters = shared.control.clone();
+    control_counters.bytes.fetch_add(HELLO_TOTAL_BYTES, Ordering::Relaxed);
+    let connection = connect(shared, role, session, timeout, &shared.stop)?;
+    let control = Control::open(connection, control_counters.clone(), shared, events.clone())?;
+    let machine = shared.guest.machine();
+    let start = Start {
+        features: page::features().map(|name| Feature { name: name.to_owned(), required: true }).collect(),
+        channels: wanted,
+        blocks: Start::layout(machine.ram()),
+        profile: machine.profile(),
+    };
+    let features = start.features.clone();
+    control.send(&Message::Start(start))?;
+    match shared.next_message(incoming, &control)? {
+        Message::Accepted { features: accepted } => {
+            if let Some(missing) = features.iter().find(|f| f.required && !accepted.contains(&f.name)) {
+                let reason = format!("the destination did not accept the feature {}, which is needed", missing.name);
+                return Err(Cause::Incompatible { reason });
+            }
+        }
+        other => return Err(Cause::Unexpected { message: other.name(), expected: "Accepted" }),
+    }
+    let mut channels = Vec::new();
+    if wanted == 0 {
+        let counters = Arc::new(ChannelCounters::default());
+        channels.push(DataChannel { sender: control.sender.clone(), counters });
+    }
+    for index in 0..wanted {
+        let counters = Arc::new(ChannelCounters::default());
+        counters.bytes.fetch_add(HELLO_TOTAL_BYTES, Ordering::Relaxed);
+        let connection = connect(shared, Role::Data { index }, session, timeout, &shared.stop)?;
+        let sender = FrameSender::new(connection, counters.clone());
+        channels.push(DataChannel { sender: Arc::new(sender.into()), counters });
+    }
+    lock(&shared.channels).extend(channels.iter().map(|channel| channel.counters.clone()));
+    Ok((control, channels))
+}
+
+/// What an Abort from the destination means here.
+pub(super) fn aborted(abort: &crate::wire::Abort) -> Cause {
+    let by = Side::Destination;
+    match abort.reason {
+        AbortReason::Failed => Cause::Peer { by, reason: abort.text.clone() },
+        AbortReason::Cancelled => Cause::CancelledByPeer { by },
+        AbortReason::Refused => Cause::Refused { by, reason: abort.text.clone() },
+    }
+}

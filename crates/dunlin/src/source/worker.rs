@@ -1,0 +1,230 @@
+//! A channel's worker: walks the chunks it owns and sends their dirty pages.
+//!
+//! A chunk belongs to the same worker for the whole migration, so there is no queue in the middle and no barrier
+//! between rounds: order within a channel is all the order there is to keep.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+use super::pacing::Pacer;
+use crate::error::Cause;
+use crate::link::{ChannelCounters, SharedSender, lock};
+use crate::memory::{CHUNK_SIZE, DirtyBitmap, DirtyTracker, PAGE_SIZE, Ram, RamBlock};
+use crate::page::{self, PageKind};
+use crate::wire::{ENTRY_BYTES, MAX_ENTRIES, Mark, Message, PageRun, encode_run};
+
+/// Pages copied out of guest RAM at once; small enough to stay in the first-level caches.
+const COPY_BYTES: usize = 64 << 10;
+
+/// Dirty RAM of the whole machine and when each chunk was last re-armed.
+pub(super) struct DirtyRam {
+    pub(super) bitmaps: Vec<DirtyBitmap>,
+    pub(super) tracker: Box<dyn DirtyTracker>,
+    /// For each block and chunk, nanoseconds from `began` to its last re-arming.
+    armed: Vec<Box<[AtomicU64]>>,
+    last_sync: AtomicU64,
+    began: Instant,
+    /// Dirty bytes not yet taken in this round.
+    pub(super) remaining_bytes: AtomicU64,
+}
+
+impl DirtyRam {
+    /// Everything dirty. The tracker must have been started.
+    pub(super) fn new(ram: &Ram, tracker: Box<dyn DirtyTracker>) -> Self {
+        let bitmaps: Vec<_> = ram.blocks().iter().map(|block| DirtyBitmap::new(block.size_bytes())).collect();
+        bitmaps.iter().for_each(DirtyBitmap::set_all);
+        let armed =
+            bitmaps.iter().map(|b| std::iter::repeat_with(AtomicU64::default).take(b.chunks()).collect()).collect();
+        let remaining_bytes = AtomicU64::new(ram.total_bytes());
+        Self { bitmaps, tracker, armed, last_sync: AtomicU64::new(0), began: Instant::now(), remaining_bytes }
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Learns what was written since; gives the dirty bytes and the rate at which they became dirty.
+    pub(super) fn sync(&self) -> Result<(u64, u64), Cause> {
+        for (index, bitmap) in self.bitmaps.iter().enumerate() {
+            self.tracker.sync(index, bitmap)?;
+        }
+        let now = self.now();
+        // A chunk that was clean at the last look has been exposed since then, another since it was re-armed.
+        let last_sync = self.last_sync.swap(now, Ordering::Relaxed);
+        let (mut dirty_bytes, mut rate) = (0u64, 0f64);
+        for (bitmap, armed) in self.bitmaps.iter().zip(&self.armed) {
+            for chunk in bitmap.dirty_chunks() {
+                let bytes = bitmap.count_chunk(chunk) * PAGE_SIZE;
+                let since = armed.get(chunk).map_or(0, |nanoseconds| nanoseconds.load(Ordering::Relaxed)).max(last_sync);
+                dirty_bytes = dirty_bytes.saturating_add(bytes);
+                rate += bytes as f64 / (now.saturating_sub(since).max(1) as f64 / 1e9);
+            }
+        }
+        self.remaining_bytes.store(dirty_bytes, Ordering::Relaxed);
+        Ok((dirty_bytes, rate as u64))
+    }
+}
+
+/// What all workers of a migration share.
+pub(super) struct Common {
+    pub(super) ram: Ram,
+    pub(super) dirty: DirtyRam,
+    pub(super) pacer: Arc<Pacer>,
+    pub(super) stop: Arc<AtomicBool>,
+}
+
+/// The worker of one channel.
+pub(super) struct Worker {
+    pub(super) index: usize,
+    pub(super) workers: usize,
+    pub(super) common: Arc<Common>,
+    pub(super) sender: SharedSender,
+    pub(super) counters: Arc<ChannelCounters>,
+    pub(super) frame: Frame,
+}
+
+/// A Pages frame in the making.
+#[derive(Debug, Default)]
+pub(super) struct Frame {
+    runs: Vec<PageRun>,
+    table: Vec<u8>,
+    data: Vec<u8>,
+}
+
+impl Frame {
+    /// Adds a run whose encoding is already in `data`, joined to the run before where they are one.
+    fn push(&mut self, run: PageRun) {
+        if let Some(last) = self.runs.last_mut()
+            && (last.block, last.kind) == (run.block, run.kind)
+            && last.offset.checked_add(u64::from(last.length)) == Some(run.offset)
+            && let Some(length) = last.length.checked_add(run.length)
+        {
+            last.length = length;
+            last.encoded_length = last.encoded_length.saturating_add(run.encoded_length);
+            return;
+        }
+        self.runs.push(run);
+    }
+}
+
+impl Worker {
+    /// Sends the dirty pages of this worker's chunks, then the round's mark.
+    pub(super) fn round(&mut self, round: u32) -> Result<(), Cause> {
+        let common = self.common.clone();
+        let mut first_chunk = 0;
+        for (index, block) in common.ram.blocks().iter().enumerate() {
+            let Some(bitmap) = common.dirty.bitmaps.get(index) else { continue };
+            for chunk in bitmap.dirty_chunks() {
+                if (first_chunk + chunk) % self.workers == self.index {
+                    self.chunk(&common, round, index, block, bitmap, chunk)?;
+                }
+            }
+            first_chunk += bitmap.chunks();
+        }
+        self.flush()?;
+        lock(&self.sender).send(&Message::Mark(Mark { round }))
+    }
+
+    fn chunk(
+        &mut self,
+        common: &Common,
+        round: u32,
+        index: usize,
+        block: &RamBlock,
+        bitmap: &DirtyBitmap,
+        chunk: usize,
+    ) -> Result<(), Cause> {
+        if common.stop.load(Ordering::Relaxed) {
+            return Err(Cause::Cancelled);
+        }
+        let start = (chunk as u64).saturating_mul(CHUNK_SIZE);
+        let end = start.saturating_add(CHUNK_SIZE).min(block.size_bytes());
+        common.dirty.tracker.rearm(index, start..end, bitmap)?;
+        if let Some(armed) = common.dirty.armed.get(index).and_then(|armed| armed.get(chunk)) {
+            armed.store(common.dirty.now(), Ordering::Relaxed);
+        }
+        let pages = bitmap.take_chunk(chunk);
+        let taken = pages.count() * PAGE_SIZE;
+        for run in pages.runs() {
+            let bytes = start + run.start as u64 * PAGE_SIZE..start + run.end as u64 * PAGE_SIZE;
+            if round == 1 {
+                self.skip_holes(index as u16, block, bytes)?;
+            } else {
+                self.run(index as u16, block, bytes)?;
+            }
+        }
+        let remaining = &common.dirty.remaining_bytes;
+        let _ = remaining.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |r| Some(r.saturating_sub(taken)));
+        Ok(())
+    }
+
+    /// In the first round much of a machine's RAM may never have been touched. What the file behind it has as a hole
+    /// is zero, and reading it would make the host allocate it.
+    fn skip_holes(&mut self, index: u16, block: &RamBlock, bytes: Range<u64>) -> Result<(), Cause> {
+        let mut at = bytes.start;
+        while at < bytes.end {
+            // Holes of a memfd begin and end at page boundaries; should one not, its page counts as data.
+            let data = block.next_data(at).unwrap_or(bytes.end..bytes.end);
+            let start = (data.start / PAGE_SIZE * PAGE_SIZE).clamp(at, bytes.end);
+            let end = data.end.div_ceil(PAGE_SIZE).saturating_mul(PAGE_SIZE);
+            let end = end.max(start.saturating_add(PAGE_SIZE)).min(bytes.end);
+            if start > at {
+                self.push(index, PageKind::Zero, at, start - at, 0)?;
+            }
+            self.run(index, block, start..end)?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Copies pages out of guest RAM, chooses the kind of each, and puts them into frames.
+    fn run(&mut self, index: u16, block: &RamBlock, bytes: Range<u64>) -> Result<(), Cause> {
+        let mut buffer = [0u8; COPY_BYTES];
+        let mut at = bytes.start;
+        while at < bytes.end {
+            let length = (bytes.end - at).min(COPY_BYTES as u64);
+            let copy = buffer.get_mut(..length as usize).unwrap_or_default();
+            block.read(at, copy)?;
+            for page in copy.chunks_exact(PAGE_SIZE as usize) {
+                let before = self.frame.data.len();
+                let kind = page::encode(page, &mut self.frame.data);
+                let encoded = self.frame.data.len() - before;
+                self.push(index, kind, at, PAGE_SIZE, encoded as u32)?;
+                at += PAGE_SIZE;
+            }
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, block: u16, kind: PageKind, offset: u64, length: u64, encoded: u32) -> Result<(), Cause> {
+        self.frame.push(PageRun { block, kind, offset, length: length as u32, encoded_length: encoded });
+        let counter = match kind {
+            PageKind::Zero => &self.counters.zero_pages,
+            PageKind::Plain => &self.counters.plain_pages,
+        };
+        counter.fetch_add(length / PAGE_SIZE, Ordering::Relaxed);
+        if self.frame.data.len() as u64 >= self.common.pacer.frame_bytes() || self.frame.runs.len() >= MAX_ENTRIES {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Sends the frame in the making.
+    fn flush(&mut self) -> Result<(), Cause> {
+        if self.frame.runs.is_empty() {
+            return Ok(());
+        }
+        self.frame.table.clear();
+        for run in &self.frame.runs {
+            encode_run(&mut self.frame.table, run);
+        }
+        let bytes = self.frame.data.len() + self.frame.runs.len() * ENTRY_BYTES;
+        self.common.pacer.pay(bytes as u64, &self.common.stop);
+        lock(&self.sender).send_pages(&self.frame.table, &self.frame.data)?;
+        self.frame.runs.clear();
+        self.frame.data.clear();
+        Ok(())
+    }
+}

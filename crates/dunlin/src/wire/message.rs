@@ -1,0 +1,373 @@
+//! Control messages: the bodies of all frames but Pages.
+
+use std::time::Duration;
+
+use super::WireError;
+use super::codec::{Reader, Writer};
+use super::frame::FrameType;
+use crate::error::GuestPlace;
+use crate::memory::Ram;
+
+const MAX_PROFILE_BYTES: u64 = 1 << 20;
+const MAX_TEXT_BYTES: u16 = 2048;
+
+/// A feature that the source wants to use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Feature {
+    pub(crate) name: String,
+    /// The migration makes no sense without it.
+    pub(crate) required: bool,
+}
+
+/// One RAM block, as the other side has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BlockLayout {
+    pub(crate) name: String,
+    pub(crate) size_bytes: u64,
+    pub(crate) host_page_size: u64,
+}
+
+/// Source to destination, first of all: what is coming.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Start {
+    pub(crate) features: Vec<Feature>,
+    /// Data channels beside this one; 0 when this one carries the pages.
+    pub(crate) channels: u8,
+    pub(crate) blocks: Vec<BlockLayout>,
+    /// The machine's own description of itself.
+    pub(crate) profile: Vec<u8>,
+}
+
+/// Source to destination, after a round: its figures, so that both sides report the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RoundDone {
+    pub(crate) number: u32,
+    pub(crate) duration: Duration,
+    pub(crate) ram_bytes: u64,
+    pub(crate) transferred_bytes: u64,
+    pub(crate) zero_pages: u64,
+    pub(crate) plain_pages: u64,
+    pub(crate) dirty_bytes: u64,
+    pub(crate) bandwidth: u64,
+    pub(crate) dirty_rate: u64,
+    pub(crate) predicted_downtime: Duration,
+}
+
+/// Source to destination, on a data channel: everything of a round has been sent on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Mark {
+    pub(crate) round: u32,
+}
+
+/// Destination to source: everything before that mark is in its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MarkAck {
+    pub(crate) channel: u8,
+    pub(crate) round: u32,
+}
+
+/// Source to destination: a piece of a section of device state. Pieces of a section come in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Section {
+    pub(crate) name: String,
+    pub(crate) instance: u32,
+    pub(crate) version: u32,
+    /// Bytes of the whole section.
+    pub(crate) total_bytes: u64,
+    pub(crate) piece: Vec<u8>,
+}
+
+/// Source to destination: everything is sent. The destination counts for itself and compares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Offer {
+    pub(crate) last_round: u32,
+    pub(crate) sections: u32,
+    pub(crate) zero_pages: u64,
+    pub(crate) plain_pages: u64,
+    /// Whether the guest was running and is to run on.
+    pub(crate) run: bool,
+}
+
+/// Destination to source: the guest is here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Running {
+    /// Loading and checking the device state.
+    pub(crate) load: Duration,
+    /// Starting the vCPUs.
+    pub(crate) resume: Duration,
+    /// CPU time of the destination's threads.
+    pub(crate) cpu: Duration,
+}
+
+/// Source to destination: Running was heard, all is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Done {
+    pub(crate) downtime: Duration,
+    /// CPU time of the source's threads.
+    pub(crate) cpu: Duration,
+}
+
+/// Why a side ends a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum AbortReason {
+    /// Something failed.
+    Failed,
+    /// A person cancelled.
+    Cancelled,
+    /// It does not fit.
+    Refused,
+}
+
+/// Either way: this side ends the migration. From the destination it means that the guest will never run there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Abort {
+    pub(crate) reason: AbortReason,
+    /// Where the guest is, as far as the sender knows.
+    pub(crate) guest: GuestPlace,
+    /// In words.
+    pub(crate) text: String,
+}
+
+/// A control message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Message {
+    Start(Start),
+    /// Destination to source: RAM may come. Names the features that will be used.
+    Accepted {
+        features: Vec<String>,
+    },
+    RoundDone(RoundDone),
+    Mark(Mark),
+    MarkAck(MarkAck),
+    Section(Section),
+    Offer(Offer),
+    /// Destination to source: everything is here and checked.
+    Ready,
+    /// Source to destination: the guest is yours.
+    Release,
+    Running(Running),
+    Done(Done),
+    Abort(Abort),
+    /// Source to destination, over a new connection: where do you stand?
+    Query,
+    /// Either way: this side is alive.
+    Heartbeat,
+}
+
+fn duration_out(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl Start {
+    /// The layout of `ram`.
+    pub(crate) fn layout(ram: &Ram) -> Vec<BlockLayout> {
+        ram.blocks()
+            .iter()
+            .map(|block| BlockLayout {
+                name: block.name().to_owned(),
+                size_bytes: block.size_bytes(),
+                host_page_size: block.host_page_size(),
+            })
+            .collect()
+    }
+
+    fn encode(&self, out: &mut Writer) {
+        out.u8(self.channels);
+        out.u16(self.features.len() as u16);
+        for feature in &self.features {
+            out.u8(u8::from(feature.required));
+            out.name(&feature.name);
+        }
+        out.u16(self.blocks.len() as u16);
+        for block in &self.blocks {
+            out.u64(block.size_bytes);
+            out.u64(block.host_page_size);
+            out.name(&block.name);
+        }
+        out.bytes(&self.profile);
+    }
+
+    fn decode(input: &mut Reader<'_>) -> Result<Self, WireError> {
+        let channels = input.u8()?;
+        let mut features = Vec::new();
+        for _ in 0..input.u16()? {
+            let required = flag(input.u8()?)?;
+            features.push(Feature { required, name: input.name()? });
+        }
+        let mut blocks = Vec::new();
+        for _ in 0..input.u16()? {
+            let (size_bytes, host_page_size) = (input.u64()?, input.u64()?);
+            blocks.push(BlockLayout { size_bytes, host_page_size, name: input.name()? });
+        }
+        let profile = input.bytes(MAX_PROFILE_BYTES)?.to_vec();
+        Ok(Self { features, channels, blocks, profile })
+    }
+}
+
+fn flag(value: u8) -> Result<bool, WireError> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        value => Err(WireError::Value { what: "a flag", value: u64::from(value) }),
+    }
+}
+
+impl AbortReason {
+    const ALL: [Self; 3] = [Self::Failed, Self::Cancelled, Self::Refused];
+}
+
+/// The number of `value` among `all`, and back: how enums travel.
+fn number<T: PartialEq>(all: &[T], value: &T) -> u8 {
+    all.iter().position(|v| v == value).unwrap_or(0) as u8
+}
+
+fn numbered<T: Copy>(all: &[T], number: u8, what: &'static str) -> Result<T, WireError> {
+    all.get(usize::from(number)).copied().ok_or(WireError::Value { what, value: u64::from(number) })
+}
+
+impl Message {
+    /// The type of the frame it travels in.
+    pub(crate) fn frame_type(&self) -> FrameType {
+        match self {
+            Self::Start(_) => FrameType::Start,
+            Self::Accepted { .. } => FrameType::Accepted,
+            Self::RoundDone(_) => FrameType::RoundDone,
+            Self::Mark(_) => FrameType::Mark,
+            Self::MarkAck(_) => FrameType::MarkAck,
+            Self::Section(_) => FrameType::Section,
+            Self::Offer(_) => FrameType::Offer,
+            Self::Ready => FrameType::Ready,
+            Self::Release => FrameType::Release,
+            Self::Running(_) => FrameType::Running,
+            Self::Done(_) => FrameType::Done,
+            Self::Abort(_) => FrameType::Abort,
+            Self::Query => FrameType::Query,
+            Self::Heartbeat => FrameType::Heartbeat,
+        }
+    }
+
+    /// Its name in errors.
+    pub(crate) fn name(&self) -> &'static str {
+        self.frame_type().name()
+    }
+
+    /// The body.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = Writer::default();
+        match self {
+            Self::Start(start) => start.encode(&mut out),
+            Self::Accepted { features } => {
+                out.u16(features.len() as u16);
+                features.iter().for_each(|name| out.name(name));
+            }
+            Self::RoundDone(round) => {
+                out.u32(round.number);
+                out.u64(duration_out(round.duration));
+                out.u64(round.ram_bytes);
+                out.u64(round.transferred_bytes);
+                out.u64(round.zero_pages);
+                out.u64(round.plain_pages);
+                out.u64(round.dirty_bytes);
+                out.u64(round.bandwidth);
+                out.u64(round.dirty_rate);
+                out.u64(duration_out(round.predicted_downtime));
+            }
+            Self::Mark(mark) => out.u32(mark.round),
+            Self::MarkAck(ack) => {
+                out.u32(ack.round);
+                out.u8(ack.channel);
+            }
+            Self::Section(section) => {
+                out.u32(section.instance);
+                out.u32(section.version);
+                out.u64(section.total_bytes);
+                out.name(&section.name);
+                out.0.extend(&section.piece);
+            }
+            Self::Offer(offer) => {
+                out.u32(offer.last_round);
+                out.u32(offer.sections);
+                out.u64(offer.zero_pages);
+                out.u64(offer.plain_pages);
+                out.u8(u8::from(offer.run));
+            }
+            Self::Running(running) => {
+                out.u64(duration_out(running.load));
+                out.u64(duration_out(running.resume));
+                out.u64(duration_out(running.cpu));
+            }
+            Self::Done(done) => {
+                out.u64(duration_out(done.downtime));
+                out.u64(duration_out(done.cpu));
+            }
+            Self::Abort(abort) => {
+                out.u8(number(&AbortReason::ALL, &abort.reason));
+                out.u8(number(&GuestPlace::ALL, &abort.guest));
+                out.text(&abort.text, MAX_TEXT_BYTES);
+            }
+            Self::Ready | Self::Release | Self::Query | Self::Heartbeat => {}
+        }
+        out.0
+    }
+
+    /// Decodes the body of a frame of type `frame_type`, which is not Pages.
+    pub(crate) fn decode(frame_type: FrameType, body: &[u8]) -> Result<Self, WireError> {
+        let mut input = Reader::new(body, frame_type.name());
+        let message = match frame_type {
+            FrameType::Start => Self::Start(Start::decode(&mut input)?),
+            FrameType::Accepted => {
+                let count = input.u16()?;
+                Self::Accepted { features: (0..count).map(|_| input.name()).collect::<Result<_, _>>()? }
+            }
+            FrameType::RoundDone => Self::RoundDone(RoundDone {
+                number: input.u32()?,
+                duration: Duration::from_nanos(input.u64()?),
+                ram_bytes: input.u64()?,
+                transferred_bytes: input.u64()?,
+                zero_pages: input.u64()?,
+                plain_pages: input.u64()?,
+                dirty_bytes: input.u64()?,
+                bandwidth: input.u64()?,
+                dirty_rate: input.u64()?,
+                predicted_downtime: Duration::from_nanos(input.u64()?),
+            }),
+            FrameType::Mark => Self::Mark(Mark { round: input.u32()? }),
+            FrameType::MarkAck => Self::MarkAck(MarkAck { round: input.u32()?, channel: input.u8()? }),
+            FrameType::Section => Self::Section(Section {
+                instance: input.u32()?,
+                version: input.u32()?,
+                total_bytes: input.u64()?,
+                name: input.name()?,
+                piece: input.rest().to_vec(),
+            }),
+            FrameType::Offer => Self::Offer(Offer {
+                last_round: input.u32()?,
+                sections: input.u32()?,
+                zero_pages: input.u64()?,
+                plain_pages: input.u64()?,
+                run: flag(input.u8()?)?,
+            }),
+            FrameType::Ready => Self::Ready,
+            FrameType::Release => Self::Release,
+            FrameType::Running => Self::Running(Running {
+                load: Duration::from_nanos(input.u64()?),
+                resume: Duration::from_nanos(input.u64()?),
+                cpu: Duration::from_nanos(input.u64()?),
+            }),
+            FrameType::Done => Self::Done(Done {
+                downtime: Duration::from_nanos(input.u64()?),
+                cpu: Duration::from_nanos(input.u64()?),
+            }),
+            FrameType::Abort => Self::Abort(Abort {
+                reason: numbered(&AbortReason::ALL, input.u8()?, "the reason of an Abort")?,
+                guest: numbered(&GuestPlace::ALL, input.u8()?, "the guest's place")?,
+                text: input.text()?,
+            }),
+            FrameType::Query => Self::Query,
+            FrameType::Heartbeat => Self::Heartbeat,
+            FrameType::Pages => return Err(WireError::Value { what: "a message's type", value: 32 }),
+        };
+        input.end()?;
+        Ok(message)
+    }
+}
