@@ -15,7 +15,7 @@ use dunlin::parameters::Applies;
 use dunlin::units::format_size;
 use dunlin::{Status, Uri};
 use dunlin_machines::Workload;
-use dunlin_monitor::{Client, uri_of_socket_address};
+use dunlin_monitor::{Client, ClientError, uri_of_socket_address};
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
@@ -61,10 +61,17 @@ pub fn demo(args: &Demo, interrupts: &Interrupts) -> Result<Outcome> {
             terminal::note("interrupted before the migration; ending both machines");
             Ok(Outcome::Interrupted)
         }
-        // An error of the conversation with a process that has died has that for its cause.
-        Err(error) => match [&mut source, &mut destination].into_iter().find_map(Machine::why_ending) {
-            Some(why) => Err(anyhow!("{why}; {}", terminal::one_line(&error))),
-            None => Err(error),
+        Err(error) => Err(with_ending(error, [&mut source, &mut destination])),
+    }
+}
+
+/// An error of the conversation with a process that has died has that for its cause.
+fn with_ending(error: anyhow::Error, machines: [&mut Machine; 2]) -> anyhow::Error {
+    match error.downcast_ref::<ClientError>() {
+        None | Some(ClientError::Refused { .. }) => error,
+        Some(_) => match machines.into_iter().find_map(Machine::why_ending) {
+            Some(why) => anyhow!("{why}; {}", terminal::one_line(&error)),
+            None => error,
         },
     }
 }

@@ -1,6 +1,6 @@
 //! `dunlin migrate`: moves a running machine and shows how it goes.
 
-use anyhow::{Context, Result};
+use anyhow::{Result, bail};
 use dunlin::Status;
 use serde_json::json;
 
@@ -16,8 +16,11 @@ use crate::terminal;
 pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
     let mut client = connection::connect(&args.qmp)?;
     connection::set(&mut client, &args.set)?;
-    let begun = client.execute("migrate", json!({"uri": args.uri.to_string()}));
-    begun.with_context(|| format!("could not start a migration to {}", args.uri))?;
+    if let Err(error) = client.execute("migrate", json!({"uri": args.uri.to_string()})) {
+        let running = connection::report(&mut client)?.is_some_and(|(_, report)| !report.status.is_final());
+        let advice = if running { "; dunlin status shows it, dunlin cancel ends it" } else { "" };
+        bail!("could not start a migration to {}: {error}{advice}", args.uri);
+    }
     if args.detach {
         let path = args.qmp.display();
         terminal::out(&format!("migrating to {}; `dunlin status --qmp unix:{path}` tells how it goes", args.uri))?;

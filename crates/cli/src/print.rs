@@ -43,7 +43,7 @@ pub fn report(report: &Report) -> String {
     let refused = &report.refused_connections;
     if refused.count > 0 {
         let latest = refused.latest.as_deref().unwrap_or("unknown");
-        line("refused", format!("{} connections; the latest: {latest}", refused.count));
+        line("refused", format!("{} (connections); the latest: {latest}", refused.count));
     }
     if let Some(why) = &report.not_converging {
         line("warning", format!("it does not converge: {why}"));
@@ -246,7 +246,7 @@ mod tests {
         });
         let text = report(&failed);
         for wanted in
-            ["failed;", "it does not converge: the guest is faster", "3 connections", "error        source, precopy"]
+            ["failed;", "it does not converge: the guest is faster", "3 (connections)", "error        source, precopy"]
         {
             assert!(text.contains(wanted), "{wanted:?} is not in\n{text}");
         }

@@ -19,7 +19,7 @@ const WINDOW: Duration = Duration::from_secs(1);
 pub struct Progress {
     /// On a terminal.
     bar: Option<ProgressBar>,
-    last_line: Option<Instant>,
+    last_line: Instant,
     samples: VecDeque<(Instant, u64)>,
 }
 
@@ -32,7 +32,7 @@ impl Progress {
                 Err(_) => bar,
             }
         });
-        Self { bar, last_line: None, samples: VecDeque::new() }
+        Self { bar, last_line: Instant::now(), samples: VecDeque::new() }
     }
 
     /// Says what is going on before there is a report. Only a terminal shows it.
@@ -51,9 +51,9 @@ impl Progress {
         if let Some(bar) = &self.bar {
             bar.set_message(line);
             bar.tick();
-        } else if self.last_line.is_none_or(|last| now.duration_since(last) >= Duration::from_secs(1)) {
+        } else if now.duration_since(self.last_line) >= Duration::from_secs(1) {
             terminal::note(&line);
-            self.last_line = Some(now);
+            self.last_line = now;
         }
     }
 
@@ -117,7 +117,7 @@ fn active_line(report: &Report, rate: f64) -> String {
     } else {
         "no end in sight".to_owned()
     };
-    let downtime = report.predicted_downtime_seconds.map_or("?".to_owned(), seconds);
+    let downtime = report.predicted_downtime_seconds.map_or("unknown".to_owned(), seconds);
     let mut line = format!(
         "round {}, {} left, {}/s, dirtied {}/s, downtime would be {downtime}, {time_left}",
         report.rounds.len() + 1,
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn rate_of_the_last_second() {
-        let mut progress = Progress { bar: None, last_line: None, samples: VecDeque::new() };
+        let mut progress = Progress { bar: None, last_line: Instant::now(), samples: VecDeque::new() };
         let begun = Instant::now();
         assert!(progress.rate(begun, 0) < 0.1);
         for tenth in 1..=50u32 {

@@ -1,7 +1,8 @@
 //! `dunlin status`: what a machine and its migration are doing.
 
 use anyhow::Result;
-use dunlin::{GuestPlace, Report};
+use dunlin::{GuestPlace, Report, Side, Status};
+use dunlin_monitor::uri_of_socket_address;
 use serde_json::{Value, json};
 
 use crate::Outcome;
@@ -22,7 +23,17 @@ pub fn status(at: &At) -> Result<Outcome> {
     let report = migration.map(|(_, report)| report);
     let name = state.get("status").and_then(Value::as_str).unwrap_or("unknown");
     let mut text = format!("guest: {}\n", sentence(name, report.as_ref()));
-    if let Some(report) = &report {
+    let is_waiting = |report: &Report| {
+        report.side == Side::Destination && report.status == Status::Setup && report.session.is_none()
+    };
+    if report.as_ref().is_some_and(is_waiting) {
+        let info = client.execute("query-migrate", json!({}))?;
+        let address = uri_of_socket_address(&info).map_or("an open connection".to_owned(), |uri| uri.to_string());
+        text.push_str(&format!("waiting for a migration on {address}\n"));
+        if let Some(latest) = report.and_then(|report| report.refused_connections.latest) {
+            text.push_str(&format!("refused the connection from {latest}\n"));
+        }
+    } else if let Some(report) = &report {
         text.push_str(&format!("migration, seen by the {}: {}", report.side, print::report(report)));
     } else {
         text.push_str("no migration yet\n");

@@ -66,6 +66,17 @@ impl RunState {
         }
     }
 
+    /// What it means, for people.
+    fn sentence(self) -> &'static str {
+        match self {
+            Self::Running => "it is running",
+            Self::Paused => "it is paused",
+            Self::InMigrate => "it may come in by a migration",
+            Self::FinishMigrate => "it is being handed over",
+            Self::PostMigrate => "it was migrated away; verify it at the destination",
+        }
+    }
+
     /// Whether the guest runs here.
     pub fn is_running(self) -> bool {
         self == Self::Running
@@ -89,7 +100,7 @@ pub enum VmError {
     #[error("there is no outgoing migration to resume; start one without 'resume'")]
     NothingToResume,
     /// A machine that is not here cannot be checked.
-    #[error("the guest is not here to be verified: it is {}", .0.name())]
+    #[error("the guest is not here to be verified: {}", .0.sentence())]
     NotHere(RunState),
     /// The machine has no way to check itself.
     #[error("this machine cannot verify itself")]
