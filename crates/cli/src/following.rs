@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use dunlin::error::Phase;
 use dunlin::{GuestPlace, Report, Status};
 use dunlin_monitor::Client;
@@ -30,10 +30,7 @@ pub struct Ended {
 pub fn follow(client: &mut Client, interrupts: &Interrupts, progress: &mut Progress) -> Result<Ended> {
     let mut interrupted = false;
     loop {
-        let latest = connection::report(client).context(
-            "the source no longer answers; ask the destination (dunlin status), which has the guest if it says so",
-        )?;
-        let (json, report) = latest.ok_or_else(|| anyhow!("the source knows of no migration"))?;
+        let (json, report) = connection::report(client)?.ok_or_else(|| anyhow!("the source knows of no migration"))?;
         if report.status.is_final() {
             progress.finish();
             return Ok(Ended { report, json, interrupted });

@@ -1,6 +1,6 @@
 //! `dunlin migrate`: moves a running machine and shows how it goes.
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use dunlin::Status;
 use serde_json::json;
 
@@ -26,7 +26,10 @@ pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
         terminal::out(&format!("migrating to {}; `dunlin status --qmp unix:{path}` tells how it goes", args.uri))?;
         return Ok(Outcome::Success);
     }
-    let mut ended = following::follow(&mut client, interrupts, &mut Progress::new())?;
+    let mut ended = following::follow(&mut client, interrupts, &mut Progress::new()).map_err(|error| {
+        let error = terminal::one_line(&error);
+        anyhow!("the source no longer answers: {error}; ask the destination (dunlin status) whether it has the guest")
+    })?;
     // The error goes to standard error, once.
     let failure = following::failure(&ended.report);
     ended.report.error = None;

@@ -143,6 +143,18 @@ pub fn seconds(seconds: f64) -> String {
     }
 }
 
+/// A size in three digits or so, where it changes too quickly for more.
+pub fn rough_size(bytes: u64) -> String {
+    let text = format_size(bytes);
+    match text.split_once(' ') {
+        Some((number, unit)) if number.contains('.') => {
+            let digits: String = number.chars().take(4).collect();
+            format!("{} {unit}", digits.trim_end_matches(".0").trim_end_matches('.'))
+        }
+        _ => text,
+    }
+}
+
 /// To which side the columns of a table lean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Align {
@@ -257,6 +269,20 @@ mod tests {
         let json = serde_json::to_value(sample()).unwrap();
         let back: Report = serde_json::from_value(json).unwrap();
         assert_eq!(report(&back), report(&sample()));
+    }
+
+    #[test]
+    fn rough_sizes() {
+        for (bytes, text) in [
+            (17, "17 B"),
+            (1 << 30, "1.00 GiB"),
+            (12_345_678, "11.7 MiB"),
+            (30 << 20, "30 MiB"),
+            (504 << 20, "504 MiB"),
+            (1023 << 20, "1023 MiB"),
+        ] {
+            assert_eq!(rough_size(bytes), text);
+        }
     }
 
     #[test]

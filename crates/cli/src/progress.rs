@@ -4,11 +4,10 @@ use std::collections::VecDeque;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use dunlin::units::format_size;
 use dunlin::{Report, Status};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::print::seconds;
+use crate::print::{rough_size, seconds};
 use crate::terminal;
 
 /// The rate shown is that of this long.
@@ -21,6 +20,8 @@ pub struct Progress {
     bar: Option<ProgressBar>,
     last_line: Instant,
     samples: VecDeque<(Instant, u64)>,
+    /// It was said why the migration does not converge.
+    warned: bool,
 }
 
 impl Progress {
@@ -32,7 +33,7 @@ impl Progress {
                 Err(_) => bar,
             }
         });
-        Self { bar, last_line: Instant::now(), samples: VecDeque::new() }
+        Self { bar, last_line: Instant::now(), samples: VecDeque::new(), warned: false }
     }
 
     /// Says what is going on before there is a report. Only a terminal shows it.
@@ -48,6 +49,11 @@ impl Progress {
         let now = Instant::now();
         let rate = self.rate(now, report.ram.transferred_bytes);
         let line = line(report, rate);
+        match &report.not_converging {
+            Some(why) if !self.warned => self.note(&format!("it does not converge: {why}")),
+            _ => {}
+        }
+        self.warned = report.not_converging.is_some();
         if let Some(bar) = &self.bar {
             bar.set_message(line);
             bar.tick();
@@ -101,7 +107,7 @@ fn line(report: &Report, rate: f64) -> String {
     match report.status {
         Status::None | Status::Setup => "connecting".to_owned(),
         Status::Active => active_line(report, rate),
-        Status::Device => format!("switching over: {} left", format_size(report.ram.remaining_bytes)),
+        Status::Device => format!("switching over: {} left", rough_size(report.ram.remaining_bytes)),
         Status::Cancelling => "cancelling".to_owned(),
         Status::Completed | Status::Failed | Status::Cancelled => report.status.to_string(),
     }
@@ -111,24 +117,21 @@ fn active_line(report: &Report, rate: f64) -> String {
     let left = report.ram.remaining_bytes;
     let gain = rate - report.dirty_bytes_per_second as f64;
     let time_left = if left == 0 {
-        "0 s left".to_owned()
+        "0 s".to_owned()
     } else if gain > 0.0 {
-        format!("{} left", seconds(left as f64 / gain))
+        seconds(left as f64 / gain)
     } else {
         "no end in sight".to_owned()
     };
-    let downtime = report.predicted_downtime_seconds.map_or("unknown".to_owned(), seconds);
-    let mut line = format!(
-        "round {}, {} left, {}/s, dirtied {}/s, downtime would be {downtime}, {time_left}",
+    // As short as it can be, for a terminal of 80 columns.
+    format!(
+        "round {}: {} left, {time_left}; {}/s, dirtied {}/s; downtime {}",
         report.rounds.len() + 1,
-        format_size(left),
-        format_size(rate as u64),
-        format_size(report.dirty_bytes_per_second),
-    );
-    if let Some(why) = &report.not_converging {
-        line = format!("{line}; {why}");
-    }
-    line
+        rough_size(left),
+        rough_size(rate as u64),
+        rough_size(report.dirty_bytes_per_second),
+        report.predicted_downtime_seconds.map_or("unknown".to_owned(), seconds),
+    )
 }
 
 #[cfg(test)]
@@ -147,15 +150,14 @@ mod tests {
         report.predicted_downtime_seconds = Some(0.0456);
         assert_eq!(
             line(&report, f64::from(80 << 20)),
-            "round 1, 100.00 MiB left, 80.00 MiB/s, dirtied 30.00 MiB/s, downtime would be 45.6 ms, 2.00 s left"
+            "round 1: 100 MiB left, 2.00 s; 80 MiB/s, dirtied 30 MiB/s; downtime 45.6 ms"
         );
-        report.not_converging = Some("the guest is faster".to_owned());
-        assert!(line(&report, 1.0).ends_with("no end in sight; the guest is faster"));
+        assert!(line(&report, 1.0).contains("left, no end in sight;"));
     }
 
     #[test]
     fn rate_of_the_last_second() {
-        let mut progress = Progress { bar: None, last_line: Instant::now(), samples: VecDeque::new() };
+        let mut progress = Progress { bar: None, last_line: Instant::now(), samples: VecDeque::new(), warned: false };
         let begun = Instant::now();
         assert!(progress.rate(begun, 0) < 0.1);
         for tenth in 1..=50u32 {
