@@ -12,7 +12,7 @@ use dunlin_monitor::parse_address;
 
 /// Live migration for virtual machines.
 #[derive(Debug, Parser)]
-#[command(name = "dunlin", version, about, propagate_version = true, max_term_width = 100)]
+#[command(name = "dunlin", version, propagate_version = true, max_term_width = 100)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,

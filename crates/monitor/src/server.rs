@@ -38,6 +38,12 @@ pub enum ServerError {
         /// Where.
         path: PathBuf,
     },
+    /// Unix sockets have short names.
+    #[error("unix:{} is too long a name for a socket: the system allows 107 bytes; choose a shorter path", path.display())]
+    TooLong {
+        /// Where.
+        path: PathBuf,
+    },
     /// A system call failed.
     #[error("could not {doing} unix:{}: {source}", path.display())]
     Io {
@@ -154,7 +160,10 @@ fn listen(path: &Path) -> Result<UnixListener, ServerError> {
     let failed = |doing| move |source: io::Error| ServerError::Io { doing, path: path.to_owned(), source };
     // Held until the end: two processes must not take each other's fresh socket for a stale one.
     let _directory = lock_directory(path).map_err(failed("open the directory of"))?;
-    let address = SocketAddrUnix::new(path).map_err(|error| failed("name")(error.into()))?;
+    let address = SocketAddrUnix::new(path).map_err(|error| match error {
+        rustix::io::Errno::NAMETOOLONG => ServerError::TooLong { path: path.to_owned() },
+        error => failed("name")(error.into()),
+    })?;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(|error| failed("make a socket for")(error.into()))?;
     match rustix::net::bind(&socket, &address) {
