@@ -10,6 +10,9 @@ mod hello;
 mod message;
 mod pages;
 
+#[cfg(test)]
+mod golden;
+
 
 pub(crate) use frame::{FrameHeader, FrameType, HEADER_BYTES, data_checksum, data_checksum_with, table_checksum};
 pub(crate) use hello::{HELLO_BYTES, Hello, HelloReply, REPLY_BYTES, Role, SessionId, check_beginning};

@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""A second implementation of docs/wire-format.md, written from that page alone: makes the golden bytes.
+
+Run it in this directory: ./make.py > v1.txt. Nothing here is shared with the Rust code, the checksums included.
+"""
+import struct
+
+
+def crc(data, poly, bits):
+    """Bit by bit, reflected, all ones in and out."""
+    mask = (1 << bits) - 1
+    value = mask
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = (value >> 1) ^ (poly if value & 1 else 0)
+    return value ^ mask
+
+
+def crc32c(data):
+    return crc(data, 0x82F63B78, 32)
+
+
+def crc64nvme(data):
+    return crc(data, 0x9A6C9329AC4BC9B5, 64)
+
+
+assert crc32c(b"123456789") == 0xE3069283
+assert crc64nvme(b"123456789") == 0xAE8B14860A799888
+
+SESSION = bytes(range(16))
+
+
+def name(text):
+    return struct.pack("<B", len(text)) + text.encode()
+
+
+def hello(role, index):
+    body = b"DUNLIN\r\n" + struct.pack("<HBBI", 1, role, index, 0) + SESSION + bytes(28)
+    return body + struct.pack("<I", crc32c(body))
+
+
+def answer(status, reason):
+    body = b"DUNLIN\r\n" + struct.pack("<HBB", 1, status, 0) + reason.encode().ljust(304, b"\0")
+    return body + struct.pack("<I", crc32c(body))
+
+
+def frame(kind, sequence, data=b"", table=b""):
+    head = b"DLF1" + struct.pack("<HHQIIIQ", kind, 0, sequence, len(table), len(data), crc32c(table), crc64nvme(data))
+    return head + struct.pack("<I", crc32c(head)) + table + data
+
+
+def entry(offset, length, encoded, block, kind):
+    return struct.pack("<QIIHBB", offset, length, encoded, block, kind, 0)
+
+
+page = bytes((i * 7) & 0xFF for i in range(4096))
+start = (
+    struct.pack("<BH", 2, 2)
+    + struct.pack("<B", 1) + name("page-zero")
+    + struct.pack("<B", 0) + name("page-plain")
+    + struct.pack("<H", 1) + struct.pack("<QQ", 1 << 30, 4096) + name("ram")
+    + struct.pack("<I", 3) + b"abc"
+)
+CASES = {
+    "hello-control": hello(0, 0),
+    "hello-data-7": hello(1, 7),
+    "hello-single": hello(2, 0),
+    "hello-reconnect": hello(3, 0),
+    "answer-welcome": answer(0, ""),
+    "answer-refused": answer(1, "busy"),
+    "start": frame(1, 0, start),
+    "accepted": frame(2, 1, struct.pack("<H", 2) + name("page-zero") + name("page-plain")),
+    "round-done": frame(3, 2, struct.pack("<IQQQQQQQQQ", 1, 2, 3, 4, 5, 6, 7, 8, 9, 10)),
+    "mark": frame(4, 3, struct.pack("<I", 9)),
+    "mark-ack": frame(5, 4, struct.pack("<IB", 9, 3)),
+    "section": frame(6, 5, struct.pack("<IIQ", 1, 2, 6) + name("vcpu") + b"sta"),
+    "offer": frame(7, 6, struct.pack("<IIQQB", 4, 3, 100, 200, 1)),
+    "ready": frame(8, 7),
+    "release": frame(9, 8),
+    "running": frame(10, 9, struct.pack("<QQQ", 1000, 2000, 3000)),
+    "done": frame(11, 10, struct.pack("<QQ", 5_000_000, 7)),
+    "abort": frame(12, 11, struct.pack("<BBH", 1, 5, 9) + b"cancelled"),
+    "query": frame(13, 12),
+    "heartbeat": frame(14, 13),
+    "pages": frame(32, 1 << 40, page, entry(1 << 21, 8192, 0, 0, 0) + entry(4096, 4096, 4096, 1, 1)),
+}
+for label, data in CASES.items():
+    print(label, data.hex())
