@@ -1,1 +1,61 @@
-fn main() {}
+//! The `dunlin` command: runs, migrates and inspects machines.
+//!
+//! One file for each command. What they share: `args` (what was asked), `connection` (talking to a machine),
+//! `following` (a migration to its end), `progress` and `print` (telling people), `interrupts` (Ctrl-C).
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod commands;
+mod connection;
+mod demo;
+mod following;
+mod interrupts;
+mod migrate;
+mod parameters;
+mod print;
+mod progress;
+mod run;
+mod status;
+mod terminal;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+use crate::interrupts::Interrupts;
+
+/// How a command ended. Whatever there was to say was said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Success,
+    Interrupted,
+}
+
+fn main() -> ExitCode {
+    match carry_out(Cli::parse().command) {
+        Ok(Outcome::Success) => ExitCode::SUCCESS,
+        Ok(Outcome::Interrupted) => ExitCode::from(130),
+        Err(error) => {
+            terminal::note(&terminal::one_line(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn carry_out(command: Command) -> Result<Outcome> {
+    match command {
+        Command::Demo(args) => demo::demo(&args, &Interrupts::install()?),
+        Command::Run(args) => run::run(&args, &Interrupts::install_with_second_chance()?),
+        Command::Migrate(args) => migrate::migrate(&args, &Interrupts::install_with_second_chance()?),
+        Command::Status(at) => status::status(&at),
+        Command::Cancel(at) => commands::cancel(&at),
+        Command::Verify(at) => commands::verify(&at),
+        Command::Stop(at) => commands::stop(&at),
+        Command::Cont(args) => commands::cont(&args),
+        Command::Quit(at) => commands::quit(&at),
+        Command::Parameters(args) => parameters::parameters(args.json),
+    }
+}

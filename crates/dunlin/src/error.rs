@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::machine::MachineError;
 use crate::memory::{MemoryError, TrackerError};
@@ -12,7 +12,7 @@ use crate::parameters::ParameterError;
 use crate::wire::WireError;
 
 /// One end of a migration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Side {
     /// Where the guest comes from.
@@ -31,7 +31,7 @@ impl fmt::Display for Side {
 }
 
 /// What a migration was busy with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// Connecting, and agreeing on features and layout.
@@ -56,7 +56,7 @@ impl fmt::Display for Phase {
 }
 
 /// Where the guest is now, as far as the side that says so can know.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum GuestPlace {
     /// Running at the source.

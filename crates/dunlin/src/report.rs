@@ -5,12 +5,12 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{GuestPlace, MigrationError, Phase, Side};
 
 /// Where a migration stands, in QEMU's words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Status {
     /// None was started.
@@ -55,7 +55,7 @@ impl fmt::Display for Status {
 }
 
 /// The report of a migration, as either side has it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Deserialize, Serialize)]
 pub struct Report {
     /// Whose report this is.
     pub side: Side,
@@ -129,7 +129,7 @@ impl Report {
 }
 
 /// The parts of a downtime, in the order in which they happen. They add up to it, but for rounding.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize, Serialize)]
 pub struct DowntimeParts {
     /// Stopping the vCPUs.
     pub pause_seconds: f64,
@@ -144,7 +144,7 @@ pub struct DowntimeParts {
 }
 
 /// Figures of RAM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 pub struct RamReport {
     /// The guest's RAM.
     pub total_bytes: u64,
@@ -157,7 +157,7 @@ pub struct RamReport {
 }
 
 /// Pages by kind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 pub struct PageCounts {
     /// All zeros: only the fact travelled.
     pub zero: u64,
@@ -166,7 +166,7 @@ pub struct PageCounts {
 }
 
 /// One pass over the dirty bitmap.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 pub struct Round {
     /// Counted from 1.
     pub number: u32,
@@ -184,12 +184,17 @@ pub struct Round {
     pub bandwidth_bytes_per_second: u64,
     /// Bytes of RAM the guest dirtied a second.
     pub dirty_bytes_per_second: u64,
-    /// The downtime predicted at its end.
+    /// The downtime predicted at its end; infinite, which JSON writes as `null`, while nothing gets through.
+    #[serde(deserialize_with = "finite_or_infinite")]
     pub predicted_downtime_seconds: f64,
 }
 
+fn finite_or_infinite<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::INFINITY))
+}
+
 /// Figures of one data channel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 pub struct ChannelReport {
     /// Its number.
     pub index: u8,
@@ -202,7 +207,7 @@ pub struct ChannelReport {
 }
 
 /// CPU time of the engine's threads.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize, Serialize)]
 pub struct CpuSeconds {
     /// At the source.
     pub source: Option<f64>,
@@ -211,7 +216,7 @@ pub struct CpuSeconds {
 }
 
 /// Connections that came to nothing.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, Serialize)]
 pub struct RefusedConnections {
     /// How many.
     pub count: u64,
@@ -220,7 +225,7 @@ pub struct RefusedConnections {
 }
 
 /// An error, as the report carries it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 pub struct ErrorReport {
     /// The whole sentence.
     pub message: String,

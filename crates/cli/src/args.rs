@@ -1,0 +1,268 @@
+//! What may be asked on the command line. Everything that can be checked without a machine is checked here, so that
+//! a mistyped value is a usage error.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use dunlin::parameters::ParameterInfo;
+use dunlin::units::{self, QuantityError};
+use dunlin::{Parameters, Uri, UriError};
+use dunlin_machines::{Fill, Workload};
+use dunlin_monitor::parse_address;
+
+/// Live migration for virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "dunlin", version, propagate_version = true, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Migrate a machine between two processes here, and verify it.
+    Demo(Demo),
+    /// Run a machine, or wait for one to come in.
+    Run(Run),
+    /// Migrate a running machine, and show how it goes.
+    Migrate(Migrate),
+    /// Tell what a machine and its migration are doing.
+    Status(At),
+    /// Cancel the migration that is running.
+    Cancel(At),
+    /// Check that every page of a machine holds what it must.
+    Verify(At),
+    /// Pause the guest.
+    Stop(At),
+    /// Start or restart the guest.
+    Cont(Cont),
+    /// End a machine's process.
+    Quit(At),
+    /// List the parameters of migrations.
+    Parameters(ListParameters),
+}
+
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// The guest's RAM; each of the two processes has as much.
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size)]
+    pub memory: u64,
+    /// Number of vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    pub vcpus: u32,
+    /// What the guest does: `idle`, or
+    /// `pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,working-set=SIZE,content=random|text|sparse|counter`
+    /// [default: pattern=uniform,rate=100M/s,working-set=128M,content=random].
+    #[arg(long, value_name = "SPEC", value_parser = workload)]
+    pub workload: Option<Workload>,
+    /// What RAM holds at first, in percent.
+    #[arg(long, value_name = "MIX", default_value = DEFAULT_FILL, value_parser = fill)]
+    pub fill: Fill,
+    /// How the two are connected.
+    #[arg(long, value_enum, default_value_t = Transport::Tcp)]
+    pub transport: Transport,
+    /// Set a parameter of the migration; may be repeated. `dunlin parameters` lists them.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
+    pub set: Vec<Setting>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Transport {
+    Tcp,
+    Unix,
+}
+
+const DEFAULT_FILL: &str = "zero:50,random:30,text:20";
+
+#[derive(Debug, Args)]
+pub struct Run {
+    /// The guest's RAM; with --incoming, as much as at the source.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub memory: u64,
+    /// Number of vCPUs; with --incoming, as many as at the source.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub vcpus: u32,
+    /// What the guest does: `idle`, or
+    /// `pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,working-set=SIZE,content=random|text|sparse|counter`
+    /// [default: idle]. Comes with the guest if it comes in.
+    #[arg(long, value_name = "SPEC", value_parser = workload)]
+    pub workload: Option<Workload>,
+    /// What RAM holds at first, in percent [default: zero:50,random:30,text:20]. Comes with the guest if it comes in.
+    #[arg(long, value_name = "MIX", value_parser = fill)]
+    pub fill: Option<Fill>,
+    /// Seed of everything random in the guest.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Wait for a migration on tcp:HOST:PORT, unix:PATH, fd:N or exec:COMMAND; with `defer`, until QMP's
+    /// migrate-incoming says where.
+    #[arg(long, value_name = "URI|defer", value_parser = incoming)]
+    pub incoming: Option<Incoming>,
+    /// Where to serve QMP.
+    #[arg(long, value_name = "unix:PATH", value_parser = parse_address)]
+    pub qmp: PathBuf,
+    /// End at once when the process of this number, the parent, does.
+    #[arg(long, value_name = "PID", hide = true)]
+    pub exit_with_parent: Option<u32>,
+}
+
+impl Run {
+    /// The workload asked for, or none.
+    pub fn workload(&self) -> Result<Workload, String> {
+        self.workload.clone().map_or_else(|| workload("idle"), Ok)
+    }
+
+    /// The first content asked for, or the usual one.
+    pub fn fill(&self) -> Result<Fill, String> {
+        self.fill.clone().map_or_else(|| fill(DEFAULT_FILL), Ok)
+    }
+}
+
+#[derive(Debug, Clone)]
+pub enum Incoming {
+    Defer,
+    On(Uri),
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// The machine to migrate.
+    #[arg(long, value_name = "unix:PATH", value_parser = parse_address)]
+    pub qmp: PathBuf,
+    /// Where to: tcp:HOST:PORT, unix:PATH, fd:N or exec:COMMAND.
+    #[arg(value_parser = uri)]
+    pub uri: Uri,
+    /// Set a parameter of the migration; may be repeated. `dunlin parameters` lists them.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
+    pub set: Vec<Setting>,
+    /// Do not wait for the end.
+    #[arg(long)]
+    pub detach: bool,
+    /// Print the report as JSON.
+    #[arg(long, conflicts_with = "detach")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct At {
+    /// The machine.
+    #[arg(long, value_name = "unix:PATH", value_parser = parse_address)]
+    pub qmp: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Cont {
+    #[command(flatten)]
+    pub at: At,
+    /// Decide that a guest of which neither side knows where it is belongs here. First make sure that it does not
+    /// run at the other side: it must never run on both.
+    #[arg(long)]
+    pub take_back: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ListParameters {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A parameter and its value, in the unit of its table.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting {
+    pub info: &'static ParameterInfo,
+    pub number: u64,
+}
+
+fn size(text: &str) -> Result<u64, QuantityError> {
+    units::parse_size(text)
+}
+
+fn uri(text: &str) -> Result<Uri, UriError> {
+    text.parse()
+}
+
+fn incoming(text: &str) -> Result<Incoming, UriError> {
+    if text == "defer" { Ok(Incoming::Defer) } else { text.parse().map(Incoming::On) }
+}
+
+/// Reads a workload.
+pub fn workload(text: &str) -> Result<Workload, String> {
+    text.parse::<Workload>().map_err(|error| error.to_string())
+}
+
+fn fill(text: &str) -> Result<Fill, String> {
+    text.parse::<Fill>().map_err(|error| error.to_string())
+}
+
+fn setting(text: &str) -> Result<Setting, String> {
+    let (name, value) = text.split_once('=').ok_or("it is not NAME=VALUE, such as max-bandwidth=300M/s")?;
+    let info = ParameterInfo::find(name.trim()).map_err(|error| error.to_string())?;
+    let number = info.parse(value).map_err(|error| error.to_string())?;
+    Parameters::default().set(info.name, number).map_err(|error| error.to_string())?;
+    Ok(Setting { info, number })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Command, String> {
+        let words = std::iter::once("dunlin").chain(line.split_whitespace());
+        Cli::try_parse_from(words).map(|cli| cli.command).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_the_documentation_shows() {
+        for line in [
+            "demo",
+            "demo --memory 64M --vcpus 4 --workload idle --transport unix --set multifd-channels=8 --set max-bandwidth=50M/s --json",
+            "run --memory 1.5GiB --vcpus 2 --fill zero:100 --seed 7 --qmp unix:/a",
+            "run --memory 2G --incoming tcp:[::1]:0 --qmp /a",
+            "run --memory 2G --incoming defer --qmp unix:/a",
+            "migrate --qmp unix:/a tcp:localhost:4444 --set downtime-limit=100ms --detach",
+            "status --qmp unix:/a --json",
+            "cancel --qmp unix:/a",
+            "verify --qmp unix:/a",
+            "stop --qmp unix:/a",
+            "cont --qmp unix:/a --take-back",
+            "quit --qmp unix:/a",
+            "parameters --json",
+        ] {
+            assert!(parse(line).is_ok(), "{line}: {:?}", parse(line));
+        }
+    }
+
+    #[test]
+    fn what_people_mistype() {
+        for (line, wanted) in [
+            ("demo --memory 1X", "a size in bytes, such as"),
+            ("demo --vcpus 0", "0"),
+            ("demo --set max-bandwidht=1M", "there is no parameter"),
+            ("demo --set max-bandwidth", "NAME=VALUE"),
+            ("demo --set multifd-channels=256", "1 to 255"),
+            ("demo --workload walking", "walking"),
+            ("run --memory 1G", "--qmp"),
+            ("run --memory 1G --qmp tcp:localhost:1", "Unix sockets only"),
+            ("run --memory 1G --qmp unix:/a --incoming tcp:localhost", "the port is missing"),
+            ("migrate --qmp unix:/a localhost:4444", "the scheme is unknown"),
+            ("migrate --qmp unix:/a", "URI"),
+            ("status", "--qmp"),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert!(error.contains(wanted), "{line}: {error}");
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! `dunlin migrate`: moves a running machine and shows how it goes.
+
+use anyhow::{Result, anyhow, bail};
+use dunlin::Status;
+use serde_json::json;
+
+use crate::Outcome;
+use crate::args::Migrate;
+use crate::connection;
+use crate::following;
+use crate::interrupts::Interrupts;
+use crate::print;
+use crate::progress::Progress;
+use crate::terminal;
+
+pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
+    let mut client = connection::connect(&args.qmp)?;
+    connection::set(&mut client, &args.set)?;
+    if let Err(error) = client.execute("migrate", json!({"uri": args.uri.to_string()})) {
+        let running = connection::report(&mut client)?.is_some_and(|(_, report)| !report.status.is_final());
+        let advice = if running { "; dunlin status shows it, dunlin cancel ends it" } else { "" };
+        bail!("could not start a migration to {}: {error}{advice}", args.uri);
+    }
+    if args.detach {
+        let path = args.qmp.display();
+        terminal::out(&format!("migrating to {}; `dunlin status --qmp unix:{path}` tells how it goes", args.uri))?;
+        return Ok(Outcome::Success);
+    }
+    let mut ended = following::follow(&mut client, interrupts, &mut Progress::new()).map_err(|error| {
+        let error = terminal::one_line(&error);
+        anyhow!("the source no longer answers: {error}; ask the destination (dunlin status) whether it has the guest")
+    })?;
+    // The error goes to standard error, once.
+    let failure = following::failure(&ended.report);
+    ended.report.error = None;
+    terminal::out(&if args.json { connection::pretty(&ended.json) } else { print::report(&ended.report) })?;
+    match (ended.report.status, ended.interrupted) {
+        (Status::Completed, false) => Ok(Outcome::Success),
+        (Status::Completed, true) => {
+            terminal::note(&format!("too late to cancel: the guest is {}", ended.report.guest));
+            Ok(Outcome::Success)
+        }
+        (Status::Cancelled, true) => {
+            terminal::note(&format!("cancelled; the guest goes on, {}", ended.report.guest));
+            Ok(Outcome::Interrupted)
+        }
+        _ => Err(failure),
+    }
+}

@@ -1,0 +1,80 @@
+//! `dunlin parameters`: the engine's table.
+
+use anyhow::Result;
+use dunlin::PARAMETERS;
+use dunlin::parameters::{Changes, ParameterInfo};
+use serde_json::{Value, json};
+
+use crate::Outcome;
+use crate::connection;
+use crate::print::{Align, table};
+use crate::terminal;
+
+const HEADER: [&str; 8] = ["NAME", "TYPE", "UNIT", "DEFAULT", "RANGE", "SIDE", "LIVE", "HELP"];
+
+pub fn parameters(json: bool) -> Result<Outcome> {
+    terminal::out(&if json { connection::pretty(&list()) } else { listing() })?;
+    Ok(Outcome::Success)
+}
+
+fn is_live(info: &ParameterInfo) -> bool {
+    info.changes == Changes::Live
+}
+
+fn list() -> Value {
+    let rows = PARAMETERS.iter().map(|info| {
+        json!({
+            "name": info.name,
+            "type": info.type_name(),
+            "unit": info.unit.name(),
+            "default": info.default,
+            "minimum": info.minimum,
+            "maximum": info.maximum,
+            "side": info.applies.to_string(),
+            "live": is_live(info),
+            "conflicts": info.conflicts,
+            "help": info.help,
+        })
+    });
+    rows.collect()
+}
+
+fn listing() -> String {
+    let rows: Vec<Vec<String>> = PARAMETERS
+        .iter()
+        .map(|info| {
+            let range = match info.maximum {
+                u64::MAX => format!("{} or more", info.minimum),
+                maximum => format!("{} to {maximum}", info.minimum),
+            };
+            let mut help = info.help.to_owned();
+            if !info.conflicts.is_empty() {
+                help.push_str(&format!(" Not together with {}.", info.conflicts.join(", ")));
+            }
+            vec![
+                info.name.to_owned(),
+                info.type_name().to_owned(),
+                info.unit.name().to_owned(),
+                info.default.to_string(),
+                range,
+                info.applies.to_string(),
+                if is_live(info) { "yes" } else { "no" }.to_owned(),
+                help,
+            ]
+        })
+        .collect();
+    table(Align::Left, &HEADER, &rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_parameter_has_its_line() {
+        let listing = listing();
+        assert_eq!(listing.lines().count(), PARAMETERS.len() + 1);
+        assert!(listing.lines().zip(PARAMETERS).all(|(_, info)| listing.contains(info.name)));
+        assert_eq!(list().as_array().map(Vec::len), Some(PARAMETERS.len()));
+    }
+}

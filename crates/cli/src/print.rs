@@ -1,0 +1,296 @@
+//! A report for people.
+
+use std::fmt::Write;
+
+use dunlin::units::format_size;
+use dunlin::{Report, Status};
+
+/// The report, as lines.
+pub fn report(report: &Report) -> String {
+    let mut text = format!("{}\n", headline(report));
+    let mut line = |name: &str, value: String| {
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "  {name:<12} {value}");
+    };
+    line("total", format!("{}, of it {} of setup", seconds(report.total_seconds), seconds(report.setup_seconds)));
+    line("downtime", downtime(report));
+    if let Some(parts) = report.downtime_parts {
+        line(
+            "",
+            format!(
+                "= pause {} + RAM {} + device state {} + load {} + handover {}",
+                seconds(parts.pause_seconds),
+                seconds(parts.ram_seconds),
+                seconds(parts.device_state_seconds),
+                seconds(parts.load_seconds),
+                seconds(parts.handover_seconds),
+            ),
+        );
+    }
+    let ram = &report.ram;
+    line("RAM", format!("{}, of it {} to go", format_size(ram.total_bytes), format_size(ram.remaining_bytes)));
+    line("transferred", format_size(ram.transferred_bytes));
+    line("pages", format!("{} zero, {} plain", ram.pages.zero, ram.pages.plain));
+    line("device state", format_size(report.device_state_bytes));
+    line("bandwidth", format!("{}/s", format_size(report.bandwidth_bytes_per_second)));
+    line("dirty rate", format!("{}/s", format_size(report.dirty_bytes_per_second)));
+    let cpu = [("source", report.cpu_seconds.source), ("destination", report.cpu_seconds.destination)];
+    let known: Vec<String> =
+        cpu.iter().filter_map(|(side, time)| Some(format!("{} at the {side}", seconds((*time)?)))).collect();
+    if !known.is_empty() {
+        line("CPU time", known.join(", "));
+    }
+    let refused = &report.refused_connections;
+    if refused.count > 0 {
+        let latest = refused.latest.as_deref().unwrap_or("unknown");
+        line("refused", format!("{} (connections); the latest: {latest}", refused.count));
+    }
+    if let Some(why) = &report.not_converging {
+        line("warning", format!("it does not converge: {why}"));
+    }
+    if let Some(error) = &report.error {
+        line("error", error.message.clone());
+    }
+    text.push_str(&rounds(report));
+    text.push_str(&channels(report));
+    text
+}
+
+fn headline(report: &Report) -> String {
+    let status = match report.status {
+        Status::None => "none was started",
+        Status::Setup => "setting up",
+        Status::Active => "under way",
+        Status::Device => "switching over",
+        Status::Completed => "completed",
+        Status::Failed => "failed",
+        Status::Cancelling => "being cancelled",
+        Status::Cancelled => "cancelled",
+    };
+    format!("{status}; the guest is {}", report.guest)
+}
+
+fn downtime(report: &Report) -> String {
+    let mut text = match report.downtime_seconds {
+        none if none <= 0.0 => "none yet".to_owned(),
+        some => seconds(some),
+    };
+    text.push_str(&format!(" (limit {}", seconds(report.downtime_limit_seconds)));
+    if let Some(predicted) = report.predicted_downtime_seconds {
+        text.push_str(&format!(", predicted {}", seconds(predicted)));
+    }
+    text.push(')');
+    text
+}
+
+fn rounds(report: &Report) -> String {
+    if report.rounds.is_empty() {
+        return String::new();
+    }
+    const HEADER: [&str; 9] =
+        ["round", "time", "RAM", "transferred", "zero", "plain", "dirty after", "dirtied/s", "downtime"];
+    let rows: Vec<Vec<String>> = report
+        .rounds
+        .iter()
+        .map(|round| {
+            vec![
+                round.number.to_string(),
+                seconds(round.seconds),
+                format_size(round.ram_bytes),
+                format_size(round.transferred_bytes),
+                round.pages.zero.to_string(),
+                round.pages.plain.to_string(),
+                format_size(round.dirty_bytes),
+                format_size(round.dirty_bytes_per_second),
+                seconds(round.predicted_downtime_seconds),
+            ]
+        })
+        .collect();
+    table(Align::Right, &HEADER, &rows)
+}
+
+fn channels(report: &Report) -> String {
+    if report.channels.is_empty() {
+        return String::new();
+    }
+    let rows: Vec<Vec<String>> = report
+        .channels
+        .iter()
+        .map(|channel| {
+            vec![
+                channel.index.to_string(),
+                format_size(channel.transferred_bytes),
+                channel.frames.to_string(),
+                channel.pages.zero.to_string(),
+                channel.pages.plain.to_string(),
+            ]
+        })
+        .collect();
+    table(Align::Right, &["channel", "transferred", "frames", "zero", "plain"], &rows)
+}
+
+/// A time span for people: `12.3 ms`, `4.56 s`, `2 min 5 s`.
+pub fn seconds(seconds: f64) -> String {
+    if !seconds.is_finite() {
+        "forever".to_owned()
+    } else if seconds < 0.9995 {
+        format!("{:.1} ms", seconds * 1e3)
+    } else if seconds < 119.995 {
+        format!("{seconds:.2} s")
+    } else {
+        let whole = seconds.round() as u64;
+        format!("{} min {} s", whole / 60, whole % 60)
+    }
+}
+
+/// A size in three digits or so, where it changes too quickly for more.
+pub fn rough_size(bytes: u64) -> String {
+    let text = format_size(bytes);
+    match text.split_once(' ') {
+        Some((number, unit)) if number.contains('.') => {
+            let digits: String = number.chars().take(4).collect();
+            format!("{} {unit}", digits.trim_end_matches(".0").trim_end_matches('.'))
+        }
+        _ => text,
+    }
+}
+
+/// To which side the columns of a table lean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Align {
+    Left,
+    Right,
+}
+
+/// Rows under a header, in columns.
+pub fn table(align: Align, header: &[&str], rows: &[Vec<String>]) -> String {
+    let width = |column: usize, name: &str| {
+        let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
+        cells.chain([name.chars().count()]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = header.iter().enumerate().map(|(column, name)| width(column, name)).collect();
+    let line = |cells: &mut dyn Iterator<Item = &str>| {
+        let padded: Vec<String> = cells
+            .zip(&widths)
+            .map(|(cell, width)| match align {
+                Align::Left => format!("{cell:<width$}"),
+                Align::Right => format!("{cell:>width$}"),
+            })
+            .collect();
+        format!("{}\n", padded.join("  ").trim_end())
+    };
+    let mut text = line(&mut header.iter().copied());
+    for row in rows {
+        text.push_str(&line(&mut row.iter().map(String::as_str)));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use dunlin::error::Phase;
+    use dunlin::report::{ChannelReport, DowntimeParts, ErrorReport, PageCounts, RamReport, Round};
+    use dunlin::{GuestPlace, Side};
+
+    use super::*;
+
+    fn sample() -> Report {
+        let mut report = Report::new(Side::Source, GuestPlace::RunningAtDestination);
+        report.status = Status::Completed;
+        report.total_seconds = 2.5;
+        report.setup_seconds = 0.0125;
+        report.downtime_seconds = 0.0142;
+        report.downtime_limit_seconds = 0.3;
+        report.predicted_downtime_seconds = Some(0.0129);
+        report.downtime_parts = Some(DowntimeParts { ram_seconds: 0.004, ..Default::default() });
+        report.ram = RamReport {
+            total_bytes: 1 << 30,
+            remaining_bytes: 0,
+            transferred_bytes: 700 << 20,
+            pages: PageCounts { zero: 120_000, plain: 213_000 },
+        };
+        report.cpu_seconds.source = Some(1.25);
+        report.rounds = (1..=2)
+            .map(|number| Round {
+                number,
+                seconds: 0.5,
+                ram_bytes: 1 << 30,
+                transferred_bytes: 350 << 20,
+                pages: PageCounts { zero: 1, plain: 2 },
+                dirty_bytes: 4096,
+                bandwidth_bytes_per_second: 1,
+                dirty_bytes_per_second: 2,
+                predicted_downtime_seconds: if number == 1 { f64::INFINITY } else { 0.01 },
+            })
+            .collect();
+        report.channels = vec![ChannelReport { frames: 17, ..Default::default() }];
+        report
+    }
+
+    #[test]
+    fn a_completed_migration() {
+        let text = report(&sample());
+        for wanted in [
+            "completed; the guest is running at the destination\n",
+            "total        2.50 s, of it 12.5 ms of setup\n",
+            "downtime     14.2 ms (limit 300.0 ms, predicted 12.9 ms)\n",
+            "RAM 4.0 ms",
+            "pages        120000 zero, 213000 plain\n",
+            "CPU time     1.25 s at the source\n",
+            "    1  500.0 ms  1.00 GiB   350.00 MiB     1      2     4.00 KiB        2 B   forever\n",
+        ] {
+            assert!(text.contains(wanted), "{wanted:?} is not in\n{text}");
+        }
+        assert!(!text.contains("error"), "{text}");
+    }
+
+    #[test]
+    fn what_went_wrong() {
+        let mut failed = sample();
+        failed.status = Status::Failed;
+        failed.not_converging = Some("the guest is faster".to_owned());
+        failed.refused_connections.count = 3;
+        failed.error = Some(ErrorReport {
+            message: "source, precopy: the peer closed the control channel; the guest is running at the source".into(),
+            side: Side::Source,
+            phase: Phase::Precopy,
+            guest: GuestPlace::RunningAtSource,
+        });
+        let text = report(&failed);
+        for wanted in
+            ["failed;", "it does not converge: the guest is faster", "3 (connections)", "error        source, precopy"]
+        {
+            assert!(text.contains(wanted), "{wanted:?} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn reports_survive_json() {
+        let json = serde_json::to_value(sample()).unwrap();
+        let back: Report = serde_json::from_value(json).unwrap();
+        assert_eq!(report(&back), report(&sample()));
+    }
+
+    #[test]
+    fn rough_sizes() {
+        for (bytes, text) in [
+            (17, "17 B"),
+            (1 << 30, "1.00 GiB"),
+            (12_345_678, "11.7 MiB"),
+            (30 << 20, "30 MiB"),
+            (504 << 20, "504 MiB"),
+            (1023 << 20, "1023 MiB"),
+        ] {
+            assert_eq!(rough_size(bytes), text);
+        }
+    }
+
+    #[test]
+    fn spans() {
+        for (span, text) in
+            [(0.0, "0.0 ms"), (0.9994, "999.4 ms"), (1.0, "1.00 s"), (119.99, "119.99 s"), (125.2, "2 min 5 s")]
+        {
+            assert_eq!(seconds(span), text);
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! `dunlin run`: a machine's process. It ends when it is told to, never because a migration did.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use dunlin::units::format_size;
+use dunlin::{Guest, GuestPlace, MachineError, Report, Side, Status, Uri};
+use dunlin_machines::{SyntheticConfig, SyntheticMachine};
+use dunlin_monitor::{Server, Verification, Vm};
+use rustix::process::{Pid, Signal};
+
+use crate::Outcome;
+use crate::args::{Incoming, Run};
+use crate::interrupts::Interrupts;
+use crate::terminal;
+
+/// How long a migration that is running at the end may take to be cancelled.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+
+pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
+    if let Some(parent) = args.exit_with_parent {
+        tie_to_parent(parent)?;
+    }
+    let vm = make(args)?;
+    let mut state = match &args.incoming {
+        None => {
+            vm.cont().context("could not start the guest")?;
+            let workload = args.workload().map_err(|error| anyhow!(error))?;
+            format!("guest running: {}, workload {workload}", size(args))
+        }
+        Some(Incoming::Defer) => {
+            format!("waiting for QMP's migrate-incoming to say where to wait for a migration: {}", size(args))
+        }
+        Some(Incoming::On(uri)) => {
+            let address = listen(&vm, uri)?;
+            format!("waiting for a migration on {address}: {}", size(args))
+        }
+    };
+    let server = Server::start(&args.qmp, &vm)?;
+    state.push_str(&format!("; QMP at unix:{}", args.qmp.display()));
+    terminal::out(&state)?;
+    let mut teller = Teller::default();
+    while !interrupts.arrived() && !vm.wait_for_quit(Duration::from_millis(50)) {
+        teller.look(vm.report().as_ref());
+    }
+    if interrupts.arrived() {
+        terminal::note("asked to end");
+    }
+    if let Some(report) = vm.shut_down(CANCEL_TIMEOUT) {
+        terminal::note(&format!(
+            "a migration was running; it is {}, and the guest was {}",
+            report.status, report.guest
+        ));
+    }
+    drop(server);
+    Ok(if interrupts.by_keyboard() { Outcome::Interrupted } else { Outcome::Success })
+}
+
+fn size(args: &Run) -> String {
+    let plural = if args.vcpus == 1 { "" } else { "s" };
+    format!("{}, {} vCPU{plural}", format_size(args.memory), args.vcpus)
+}
+
+/// Has the kernel end this process when its parent ends, and ends it if that is so already.
+fn tie_to_parent(parent: u32) -> Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).context("could not tie to the parent")?;
+    let now = rustix::process::getppid().map(Pid::as_raw_pid);
+    if now.and_then(|pid| u32::try_from(pid).ok()) != Some(parent) {
+        bail!("the parent has ended");
+    }
+    Ok(())
+}
+
+fn make(args: &Run) -> Result<Arc<Vm>> {
+    let failed = || format!("could not make a machine of {}", size(args));
+    let (machine, guest) = if args.incoming.is_some() {
+        if args.workload.is_some() || args.fill.is_some() {
+            terminal::note("--workload and --fill say nothing here: they come with the guest");
+        }
+        let machine = SyntheticMachine::empty(args.memory, args.vcpus).with_context(failed)?;
+        (Arc::clone(&machine), Guest::awaited(machine))
+    } else {
+        let machine = SyntheticMachine::new(&SyntheticConfig {
+            memory_bytes: args.memory,
+            vcpus: args.vcpus,
+            workload: args.workload().map_err(|error| anyhow!(error))?,
+            fill: args.fill().map_err(|error| anyhow!(error))?,
+            seed: args.seed,
+        })
+        .with_context(failed)?;
+        (Arc::clone(&machine), Guest::new(machine))
+    };
+    let verify = move || -> Result<Verification, MachineError> {
+        let report = machine.verify()?;
+        Ok(Verification { good: report.is_good(), summary: report.to_string(), report: serde_json::to_value(&report)? })
+    };
+    Ok(Vm::new(guest, Some(Box::new(verify))))
+}
+
+fn listen(vm: &Vm, uri: &Uri) -> Result<Uri> {
+    vm.listen(uri).map_err(|error| {
+        anyhow!("could not wait for a migration on {uri}: {error}; choose an address that is free on this host")
+    })?;
+    Ok(vm.listening_on().unwrap_or_else(|| uri.clone()))
+}
+
+/// Tells each thing worth telling once.
+#[derive(Debug, Default)]
+struct Teller {
+    ended: Option<EndKey>,
+    refused: u64,
+}
+
+/// What tells one ended migration from another: session, side and length.
+type EndKey = (Option<String>, Side, Status, u64);
+
+impl Teller {
+    fn look(&mut self, report: Option<&Report>) {
+        for line in self.news(report) {
+            terminal::note(&line);
+        }
+    }
+
+    fn news(&mut self, report: Option<&Report>) -> Vec<String> {
+        let mut news = Vec::new();
+        let Some(report) = report else { return news };
+        let refused = &report.refused_connections;
+        if refused.count > self.refused {
+            let latest = refused.latest.as_deref().unwrap_or("no reason is known");
+            news.push(match refused.count - self.refused {
+                1 => format!("refused a connection: {latest}"),
+                more => format!("refused {more} connections; the latest: {latest}"),
+            });
+        }
+        // A new migration counts from zero again.
+        self.refused = refused.count;
+        let key = report
+            .status
+            .is_final()
+            .then(|| (report.session.clone(), report.side, report.status, report.total_seconds.to_bits()));
+        if key.is_some() && key != self.ended {
+            news.push(end(report));
+        }
+        self.ended = key;
+        news
+    }
+}
+
+fn end(report: &Report) -> String {
+    let here = match (report.side, report.guest) {
+        (Side::Source, GuestPlace::RunningAtSource) | (Side::Destination, GuestPlace::RunningAtDestination) => {
+            "the guest is running here".to_owned()
+        }
+        (_, place) => format!("the guest is {place}"),
+    };
+    match (report.status, &report.error) {
+        (Status::Completed, _) => format!("migration completed: {here}"),
+        (status, Some(error)) => format!("migration {status}: {}", error.message),
+        (status, None) => format!("migration {status}: {here}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_thing_once() {
+        let mut teller = Teller::default();
+        assert!(teller.news(None).is_empty());
+        let mut report = Report::new(Side::Destination, GuestPlace::AtSource);
+        report.status = Status::Active;
+        report.refused_connections.count = 2;
+        report.refused_connections.latest = Some("127.0.0.1:9: not dunlin's protocol".to_owned());
+        assert_eq!(
+            teller.news(Some(&report)),
+            ["refused 2 connections; the latest: 127.0.0.1:9: not dunlin's protocol"]
+        );
+        assert!(teller.news(Some(&report)).is_empty());
+        report.status = Status::Completed;
+        report.guest = GuestPlace::RunningAtDestination;
+        assert_eq!(teller.news(Some(&report)), ["migration completed: the guest is running here"]);
+        assert!(teller.news(Some(&report)).is_empty());
+        report.total_seconds = 1.0;
+        assert_eq!(teller.news(Some(&report)).len(), 1);
+    }
+}

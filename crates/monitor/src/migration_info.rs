@@ -1,0 +1,193 @@
+//! A report in the fields and units of QEMU's `query-migrate`: milliseconds, pages, megabits.
+//!
+//! Unlike QEMU's, the figures are there on both sides and stay after a failure.
+
+use std::path::Path;
+
+use dunlin::{Report, Status, Uri};
+use serde_json::{Map, Value, json};
+
+const PAGE_SIZE: u64 = 4096;
+
+/// QEMU's `MigrationInfo`.
+pub(crate) fn migration_info(report: Option<&Report>, listening_on: Option<&Uri>) -> Value {
+    let mut info = match report {
+        Some(report) if report.status != Status::None => members(report),
+        _ => Map::new(),
+    };
+    if let Some(address) = listening_on.and_then(socket_address) {
+        info.insert("socket-address".to_owned(), json!([address]));
+    }
+    Value::Object(info)
+}
+
+fn members(report: &Report) -> Map<String, Value> {
+    let mut info = Map::new();
+    let mut put = |name: &str, value: Value| info.insert(name.to_owned(), value);
+    put("status", report.status.to_string().into());
+    put("total-time", milliseconds(report.total_seconds));
+    put("setup-time", milliseconds(report.setup_seconds));
+    put("ram", ram(report));
+    if !report.status.is_final() {
+        let expected = report.predicted_downtime_seconds.unwrap_or(report.downtime_limit_seconds);
+        put("expected-downtime", milliseconds(expected));
+    }
+    if report.status == Status::Completed || report.downtime_seconds > 0.0 {
+        put("downtime", milliseconds(report.downtime_seconds));
+    }
+    if let Some(error) = &report.error {
+        put("error-desc", error.message.clone().into());
+    }
+    info
+}
+
+fn milliseconds(seconds: f64) -> Value {
+    Value::from((seconds * 1e3).round() as u64)
+}
+
+fn ram(report: &Report) -> Value {
+    let ram = &report.ram;
+    let last_round = report.rounds.last();
+    let pages_per_second = last_round.filter(|round| round.seconds > 0.0).map_or(0, |round| {
+        let pages = round.pages.zero.saturating_add(round.pages.plain);
+        (pages as f64 / round.seconds) as u64
+    });
+    let downtime_bytes = match (report.downtime_parts, last_round) {
+        (Some(_), Some(round)) => round.transferred_bytes.saturating_add(report.device_state_bytes),
+        _ => 0,
+    };
+    let multifd_bytes = report.channels.iter().fold(0u64, |sum, channel| sum.saturating_add(channel.transferred_bytes));
+    json!({
+        "transferred": ram.transferred_bytes,
+        "remaining": ram.remaining_bytes,
+        "total": ram.total_bytes,
+        "duplicate": ram.pages.zero,
+        "normal": ram.pages.plain,
+        "normal-bytes": ram.pages.plain.saturating_mul(PAGE_SIZE),
+        "dirty-pages-rate": report.dirty_bytes_per_second / PAGE_SIZE,
+        "mbps": report.bandwidth_bytes_per_second as f64 * 8.0 / 1e6,
+        "dirty-sync-count": report.rounds.len(),
+        "page-size": PAGE_SIZE,
+        "pages-per-second": pages_per_second,
+        "multifd-bytes": multifd_bytes,
+        "precopy-bytes": ram.transferred_bytes.saturating_sub(downtime_bytes),
+        "downtime-bytes": downtime_bytes,
+        "postcopy-bytes": 0,
+        "postcopy-requests": 0,
+        "dirty-sync-missed-zero-copy": 0,
+    })
+}
+
+/// QEMU's `SocketAddress`, for the transports that have one.
+fn socket_address(uri: &Uri) -> Option<Value> {
+    match uri {
+        Uri::Tcp { host, port } => Some(json!({"type": "inet", "host": host, "port": port.to_string()})),
+        Uri::Unix(path) => Some(json!({"type": "unix", "path": path.to_string_lossy()})),
+        Uri::Fd(_) | Uri::Exec(_) => None,
+    }
+}
+
+/// The address that a source connects to, out of the `socket-address` of a `query-migrate` answer.
+pub fn uri_of_socket_address(migration_info: &Value) -> Option<Uri> {
+    let address = migration_info.get("socket-address")?.get(0)?;
+    let text = |name: &str| address.get(name).and_then(Value::as_str);
+    match text("type")? {
+        "inet" => Some(Uri::Tcp { host: text("host")?.to_owned(), port: text("port")?.parse().ok()? }),
+        "unix" => Some(Uri::Unix(Path::new(text("path")?).to_owned())),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dunlin::error::Phase;
+    use dunlin::report::{ChannelReport, DowntimeParts, ErrorReport, PageCounts, RamReport, Round};
+    use dunlin::{GuestPlace, Side};
+
+    use super::*;
+
+    fn report() -> Report {
+        let mut report = Report::new(Side::Source, GuestPlace::RunningAtSource);
+        report.status = Status::Active;
+        report.total_seconds = 2.0344;
+        report.setup_seconds = 0.0121;
+        report.downtime_limit_seconds = 0.3;
+        report.ram = RamReport {
+            total_bytes: 1 << 30,
+            remaining_bytes: 8192,
+            transferred_bytes: 5_000_000,
+            pages: PageCounts { zero: 7, plain: 1000 },
+        };
+        report.bandwidth_bytes_per_second = 125_000_000;
+        report.dirty_bytes_per_second = 40_960;
+        report.channels = vec![
+            ChannelReport { transferred_bytes: 10, ..Default::default() },
+            ChannelReport { index: 1, transferred_bytes: 20, ..Default::default() },
+        ];
+        report.rounds.push(Round {
+            number: 1,
+            seconds: 0.5,
+            ram_bytes: 1 << 30,
+            transferred_bytes: 4_000_000,
+            pages: PageCounts { zero: 7, plain: 993 },
+            dirty_bytes: 8192,
+            bandwidth_bytes_per_second: 1,
+            dirty_bytes_per_second: 1,
+            predicted_downtime_seconds: 0.1,
+        });
+        report
+    }
+
+    #[test]
+    fn units() {
+        let info = migration_info(Some(&report()), None);
+        assert_eq!(
+            info,
+            json!({
+                "status": "active", "total-time": 2034, "setup-time": 12, "expected-downtime": 300,
+                "ram": {
+                    "transferred": 5_000_000, "remaining": 8192, "total": 1 << 30, "duplicate": 7, "normal": 1000,
+                    "normal-bytes": 4_096_000, "dirty-pages-rate": 10, "mbps": 1000.0, "dirty-sync-count": 1,
+                    "page-size": 4096, "pages-per-second": 2000, "multifd-bytes": 30, "precopy-bytes": 5_000_000,
+                    "downtime-bytes": 0, "postcopy-bytes": 0, "postcopy-requests": 0,
+                    "dirty-sync-missed-zero-copy": 0,
+                },
+            })
+        );
+    }
+
+    #[test]
+    fn figures_stay_after_the_end() {
+        let mut report = report();
+        report.status = Status::Failed;
+        report.downtime_seconds = 0.0106;
+        report.downtime_parts = Some(DowntimeParts::default());
+        report.error = Some(ErrorReport {
+            message: "source, handover: cancelled".to_owned(),
+            side: Side::Source,
+            phase: Phase::Handover,
+            guest: GuestPlace::RunningAtSource,
+        });
+        let info = migration_info(Some(&report), None);
+        assert_eq!(info["status"], "failed");
+        assert_eq!(info["downtime"], 11);
+        assert_eq!(info["error-desc"], "source, handover: cancelled");
+        assert_eq!(info["ram"]["downtime-bytes"], 4_000_000);
+        assert_eq!(info.get("expected-downtime"), None);
+    }
+
+    #[test]
+    fn addresses() {
+        assert_eq!(migration_info(None, None), json!({}));
+        for (uri, address) in [
+            ("tcp:[::1]:4444", json!({"type": "inet", "host": "::1", "port": "4444"})),
+            ("unix:/a b", json!({"type": "unix", "path": "/a b"})),
+        ] {
+            let uri: Uri = uri.parse().unwrap();
+            let info = migration_info(None, Some(&uri));
+            assert_eq!(info, json!({ "socket-address": [address] }));
+            assert_eq!(uri_of_socket_address(&info), Some(uri));
+        }
+        assert_eq!(uri_of_socket_address(&json!({"status": "setup"})), None);
+    }
+}

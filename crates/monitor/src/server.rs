@@ -1,0 +1,267 @@
+//! The socket: listening, a thread for each client, and an end to all of it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::{FlockOperation, Mode};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::protocol::{self, Refusal};
+use crate::session;
+use crate::vm::Vm;
+
+/// How many clients are served at once.
+const MAX_CLIENTS: usize = 32;
+
+/// Why QMP cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// Another process listens there.
+    #[error("unix:{} is in use: another machine answers there; choose another path, or end that machine (quit)", path.display())]
+    InUse {
+        /// Where.
+        path: PathBuf,
+    },
+    /// Something that is no socket lies there.
+    #[error("{} exists and is not a socket; choose another path, or remove it", path.display())]
+    NotASocket {
+        /// Where.
+        path: PathBuf,
+    },
+    /// Unix sockets have short names.
+    #[error("unix:{} is too long a name for a socket: the system allows 107 bytes; choose a shorter path", path.display())]
+    TooLong {
+        /// Where.
+        path: PathBuf,
+    },
+    /// A system call failed.
+    #[error("could not {doing} unix:{}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+/// Serves a [`Vm`] on a Unix socket until it is dropped. Only the user who started it may connect.
+#[derive(Debug)]
+pub struct Server {
+    path: PathBuf,
+    /// Device and inode of our socket: a path may come to mean another one.
+    identity: Option<(u64, u64)>,
+    wake: UnixStream,
+    clients: Arc<Clients>,
+    accepting: Option<JoinHandle<()>>,
+}
+
+/// The streams of the clients that are being served, so that the server's end can end them.
+#[derive(Debug, Default)]
+struct Clients {
+    streams: Mutex<Streams>,
+}
+
+#[derive(Debug, Default)]
+struct Streams {
+    next: u64,
+    open: BTreeMap<u64, UnixStream>,
+    closed: bool,
+}
+
+impl Clients {
+    fn streams(&self) -> MutexGuard<'_, Streams> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A client's place among the clients, which ends with it.
+struct Place {
+    clients: Arc<Clients>,
+    number: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.clients.streams().open.remove(&self.number);
+    }
+}
+
+impl Server {
+    /// Starts serving `vm` at `path`.
+    ///
+    /// # Errors
+    /// When `path` is taken or cannot be listened on.
+    pub fn start(path: impl Into<PathBuf>, vm: &Arc<Vm>) -> Result<Self, ServerError> {
+        let path = path.into();
+        let failed = |doing| {
+            let path = path.clone();
+            move |source: io::Error| ServerError::Io { doing, path, source }
+        };
+        let listener = listen(&path)?;
+        listener.set_nonblocking(true).map_err(failed("listen on"))?;
+        let (wake, woken) = UnixStream::pair().map_err(failed("listen on"))?;
+        let clients = Arc::new(Clients::default());
+        let accepting = {
+            let (clients, vm) = (Arc::clone(&clients), Arc::clone(vm));
+            thread::Builder::new()
+                .name("qmp".to_owned())
+                .spawn(move || accept_all(&listener, &woken, &clients, &vm))
+                .map_err(failed("start a thread for"))?
+        };
+        let identity = identity(&path);
+        Ok(Self { path, identity, wake, clients, accepting: Some(accepting) })
+    }
+
+    /// The path of the socket.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            // If it cannot be removed, the next server there finds it stale.
+            let _ = fs::remove_file(&self.path);
+        }
+        {
+            let mut streams = self.clients.streams();
+            streams.closed = true;
+            for stream in streams.open.values() {
+                // Answers already written still arrive. One that is being written is cut off.
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+        }
+        let _ = self.wake.shutdown(Shutdown::Both);
+        if let Some(accepting) = self.accepting.take() {
+            let _ = accepting.join();
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+/// Binds and listens, over a stale socket if one is in the way.
+fn listen(path: &Path) -> Result<UnixListener, ServerError> {
+    let failed = |doing| move |source: io::Error| ServerError::Io { doing, path: path.to_owned(), source };
+    // Held until the end: two processes must not take each other's fresh socket for a stale one.
+    let _directory = lock_directory(path).map_err(failed("open the directory of"))?;
+    let address = SocketAddrUnix::new(path).map_err(|error| match error {
+        rustix::io::Errno::NAMETOOLONG => ServerError::TooLong { path: path.to_owned() },
+        error => failed("name")(error.into()),
+    })?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+        .map_err(|error| failed("make a socket for")(error.into()))?;
+    match rustix::net::bind(&socket, &address) {
+        Err(rustix::io::Errno::ADDRINUSE) => {
+            remove_stale(path)?;
+            rustix::net::bind(&socket, &address).map_err(|error| failed("listen on")(error.into()))?;
+        }
+        outcome => outcome.map_err(|error| failed("listen on")(error.into()))?,
+    }
+    // Whoever may connect may run commands as this user (`exec:`).
+    rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR).map_err(|error| failed("protect")(error.into()))?;
+    rustix::net::listen(&socket, 128).map_err(|error| failed("listen on")(error.into()))?;
+    Ok(UnixListener::from(socket))
+}
+
+fn lock_directory(path: &Path) -> io::Result<OwnedFd> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let directory = OwnedFd::from(fs::File::open(directory)?);
+    for _ in 0..100 {
+        match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => thread::sleep(Duration::from_millis(10)),
+            // A file system without locks only loses this protection.
+            _ => break,
+        }
+    }
+    Ok(directory)
+}
+
+fn remove_stale(path: &Path) -> Result<(), ServerError> {
+    let failed = |doing| move |source: io::Error| ServerError::Io { doing, path: path.to_owned(), source };
+    let is_socket = fs::symlink_metadata(path).map_err(failed("look at"))?.file_type().is_socket();
+    if !is_socket {
+        return Err(ServerError::NotASocket { path: path.to_owned() });
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(failed("remove the stale socket"))
+        }
+        _ => Err(ServerError::InUse { path: path.to_owned() }),
+    }
+}
+
+fn accept_all(listener: &UnixListener, woken: &UnixStream, clients: &Arc<Clients>, vm: &Arc<Vm>) {
+    let mut threads: Vec<JoinHandle<()>> = Vec::new();
+    loop {
+        let mut ready = [PollFd::new(listener, PollFlags::IN), PollFd::new(woken, PollFlags::IN)];
+        let polled = rustix::event::poll(&mut ready, None);
+        let is_over = ready.get(1).is_some_and(|woken| !woken.revents().is_empty());
+        match polled {
+            Ok(_) | Err(rustix::io::Errno::INTR) if !is_over => {}
+            _ => break,
+        }
+        let (done, going): (Vec<_>, _) = threads.into_iter().partition(JoinHandle::is_finished);
+        threads = going;
+        for thread in done {
+            let _ = thread.join();
+        }
+        match listener.accept() {
+            Ok((stream, _)) => threads.extend(admit(stream, clients, vm)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // Out of descriptors, or a client that went at once: others may have more luck in a while.
+            Err(_) => thread::sleep(Duration::from_millis(50)),
+        }
+    }
+    for thread in threads {
+        let _ = thread.join();
+    }
+}
+
+/// Starts serving a client, if there is a place for it. One that cannot be served is closed.
+fn admit(stream: UnixStream, clients: &Arc<Clients>, vm: &Arc<Vm>) -> Option<JoinHandle<()>> {
+    stream.set_nonblocking(false).ok()?;
+    let place = {
+        let mut streams = clients.streams();
+        if streams.closed {
+            return None;
+        }
+        if streams.open.len() >= MAX_CLIENTS {
+            drop(streams);
+            let refusal = Refusal::generic(format_args!("{MAX_CLIENTS} clients are connected already"));
+            stream.set_nonblocking(true).ok()?;
+            let _ = session::send(&stream, &protocol::reply(None, Err(refusal)));
+            return None;
+        }
+        let number = streams.next;
+        streams.next += 1;
+        streams.open.insert(number, stream.try_clone().ok()?);
+        Place { clients: Arc::clone(clients), number }
+    };
+    let vm = Arc::clone(vm);
+    let serve = move || {
+        let _place = place;
+        // A client that goes in the middle of things is its own affair.
+        let _ = session::serve(&stream, &vm);
+        let _ = stream.shutdown(Shutdown::Both);
+    };
+    thread::Builder::new().name("qmp-client".to_owned()).spawn(serve).ok()
+}

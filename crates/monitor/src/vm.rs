@@ -1,0 +1,430 @@
+//! One machine, its migrations, and what may be asked of them.
+//!
+//! Two locks. `commands` is held through a command that changes something, so that such commands come one after the
+//! other. `state` is held only to look at or exchange what is in it, so that a query never waits for a command.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use dunlin::parameters::{Applies, ParameterError};
+use dunlin::{
+    Destination, Guest, GuestError, MachineError, MigrationError, Ownership, PARAMETERS, Parameters, Report, Source,
+    Status, Uri,
+};
+use serde_json::Value;
+
+/// What a machine found when it checked itself.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Verification {
+    /// Everything is as it must be.
+    pub good: bool,
+    /// The finding, for programs.
+    pub report: Value,
+    /// The finding, in a sentence.
+    pub summary: String,
+}
+
+/// A machine's way of checking itself, behind `x-verify`. Closures are such ways.
+pub trait Verify: Send + Sync {
+    /// Checks the machine, which is here.
+    ///
+    /// # Errors
+    /// When it could not be checked.
+    fn verify(&self) -> Result<Verification, MachineError>;
+}
+
+impl<F: Fn() -> Result<Verification, MachineError> + Send + Sync> Verify for F {
+    fn verify(&self) -> Result<Verification, MachineError> {
+        self()
+    }
+}
+
+/// The states of a machine that QEMU has names for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunState {
+    /// It runs.
+    Running,
+    /// It is here, paused.
+    Paused,
+    /// It may come in.
+    InMigrate,
+    /// It is paused for a switchover, or was released and not yet heard of.
+    FinishMigrate,
+    /// It has gone.
+    PostMigrate,
+}
+
+impl RunState {
+    /// QEMU's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::InMigrate => "inmigrate",
+            Self::FinishMigrate => "finish-migrate",
+            Self::PostMigrate => "postmigrate",
+        }
+    }
+
+    /// What it means, for people.
+    fn sentence(self) -> &'static str {
+        match self {
+            Self::Running => "it is running",
+            Self::Paused => "it is paused",
+            Self::InMigrate => "it may come in by a migration",
+            Self::FinishMigrate => "it is being handed over",
+            Self::PostMigrate => "it was migrated away; verify it at the destination",
+        }
+    }
+
+    /// Whether the guest runs here.
+    pub fn is_running(self) -> bool {
+        self == Self::Running
+    }
+}
+
+/// Why a command was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmError {
+    /// A migration could not be started, ended or decided.
+    #[error("{0}")]
+    Migration(#[from] MigrationError),
+    /// A parameter was refused.
+    #[error("{0}")]
+    Parameter(#[from] ParameterError),
+    /// The guest cannot be started or stopped.
+    #[error("{0}")]
+    Guest(#[from] GuestError),
+    /// `resume` without an outgoing migration.
+    #[error("there is no outgoing migration to resume; start one without 'resume'")]
+    NothingToResume,
+    /// A machine that is not here cannot be checked.
+    #[error("the guest is not here to be verified: {}", .0.sentence())]
+    NotHere(RunState),
+    /// The machine has no way to check itself.
+    #[error("this machine cannot verify itself")]
+    CannotVerify,
+    /// Checking failed.
+    #[error("could not verify the guest: {0}")]
+    Verify(MachineError),
+}
+
+/// The migration that began last.
+#[derive(Debug, Clone)]
+enum Latest {
+    None,
+    Outgoing(Arc<Source>),
+    Incoming(Arc<Destination>),
+}
+
+#[derive(Debug)]
+struct State {
+    /// For the next migration.
+    parameters: Parameters,
+    latest: Latest,
+    /// What the latest migration goes by.
+    in_force: Parameters,
+    /// Kept while a migration out follows one in: the previous source may still ask it how that one ended.
+    earlier_destination: Option<Arc<Destination>>,
+}
+
+/// A machine under control: its guest, its latest migration, the parameters for the next.
+pub struct Vm {
+    guest: Arc<Guest>,
+    verifier: Option<Box<dyn Verify>>,
+    commands: Mutex<()>,
+    state: Mutex<State>,
+    quit: Mutex<bool>,
+    quit_changed: Condvar,
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm").field("guest", &self.guest).field("state", &self.state()).finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Vm {
+    /// Takes control of `guest`.
+    pub fn new(guest: Arc<Guest>, verifier: Option<Box<dyn Verify>>) -> Arc<Self> {
+        Arc::new(Self {
+            guest,
+            verifier,
+            commands: Mutex::new(()),
+            state: Mutex::new(State {
+                parameters: Parameters::default(),
+                latest: Latest::None,
+                in_force: Parameters::default(),
+                earlier_destination: None,
+            }),
+            quit: Mutex::new(false),
+            quit_changed: Condvar::new(),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    fn latest(&self) -> Latest {
+        self.state().latest.clone()
+    }
+
+    /// The machine and the right to run it.
+    pub fn guest(&self) -> &Arc<Guest> {
+        &self.guest
+    }
+
+    /// What the guest does, in QEMU's words.
+    pub fn run_state(&self) -> RunState {
+        let migrated_in = matches!(self.state().latest, Latest::Incoming(_));
+        match self.guest.ownership() {
+            Ownership::Here if self.guest.is_running() => RunState::Running,
+            Ownership::Here => RunState::Paused,
+            Ownership::Awaited => RunState::InMigrate,
+            Ownership::Undecided if migrated_in => RunState::InMigrate,
+            Ownership::HandingOver | Ownership::Undecided => RunState::FinishMigrate,
+            Ownership::Gone => RunState::PostMigrate,
+        }
+    }
+
+    /// The report of the migration, out or in, that began last.
+    pub fn report(&self) -> Option<Report> {
+        match self.latest() {
+            Latest::None => None,
+            Latest::Outgoing(source) => Some(source.report()),
+            Latest::Incoming(destination) => Some(destination.report()),
+        }
+    }
+
+    /// Where a migration in is listened for.
+    pub fn listening_on(&self) -> Option<Uri> {
+        match self.latest() {
+            Latest::Incoming(destination) if destination.report().status != Status::Completed => {
+                Some(destination.local_uri().clone())
+            }
+            _ => None,
+        }
+    }
+
+    /// The parameters for the next migration.
+    pub fn parameters(&self) -> Parameters {
+        self.state().parameters.clone()
+    }
+
+    /// Sets parameters, by name and in their units: all of them or, at the first that is refused, none. A migration
+    /// under way takes them over.
+    ///
+    /// # Errors
+    /// When one is unknown, out of range, or cannot change under the migration under way.
+    pub fn set_parameters<'a>(&self, numbers: impl IntoIterator<Item = (&'a str, u64)>) -> Result<(), VmError> {
+        let _one_at_a_time = lock(&self.commands);
+        let (mut wanted, mut in_force, latest) = {
+            let state = self.state();
+            (state.parameters.clone(), state.in_force.clone(), state.latest.clone())
+        };
+        let mut changed = Vec::new();
+        for (name, number) in numbers {
+            wanted.set(name, number)?;
+            changed.push((name, number));
+        }
+        match latest {
+            Latest::Outgoing(source) if !self.is_over(source.report().status) => {
+                apply(&mut in_force, &changed, Applies::Destination)?;
+                source.set_parameters(&in_force)?;
+            }
+            Latest::Incoming(destination) if destination.report().status != Status::Completed => {
+                apply(&mut in_force, &changed, Applies::Source)?;
+                destination.set_parameters(&in_force)?;
+            }
+            _ => {}
+        }
+        let mut state = self.state();
+        state.parameters = wanted;
+        state.in_force = in_force;
+        Ok(())
+    }
+
+    /// Whether a migration out with this status is over for good.
+    fn is_over(&self, status: Status) -> bool {
+        status.is_final() && self.guest.ownership() != Ownership::Undecided
+    }
+
+    /// Starts a migration to `uri`.
+    ///
+    /// # Errors
+    /// When the guest is not here, or a migration is running.
+    pub fn migrate(&self, uri: &Uri) -> Result<(), VmError> {
+        let _one_at_a_time = lock(&self.commands);
+        let parameters = self.parameters();
+        let source = Arc::new(Source::start(&self.guest, uri, &parameters)?);
+        let replaced = {
+            let mut state = self.state();
+            state.in_force = parameters;
+            std::mem::replace(&mut state.latest, Latest::Outgoing(source))
+        };
+        if let Latest::Incoming(destination) = replaced {
+            self.state().earlier_destination = Some(destination);
+        }
+        Ok(())
+    }
+
+    /// Tries again to reach the destination of a released guest.
+    ///
+    /// # Errors
+    /// When there is no such guest.
+    pub fn reconnect(&self) -> Result<(), VmError> {
+        let _one_at_a_time = lock(&self.commands);
+        match self.latest() {
+            Latest::Outgoing(source) => Ok(source.reconnect()?),
+            _ => Err(VmError::NothingToResume),
+        }
+    }
+
+    /// Listens on `uri` for a migration in.
+    ///
+    /// # Errors
+    /// When the guest is here, or another migration is awaited, or the address cannot be listened on.
+    pub fn listen(&self, uri: &Uri) -> Result<(), VmError> {
+        let _one_at_a_time = lock(&self.commands);
+        let parameters = self.parameters();
+        if self.guest.ownership() == Ownership::Gone {
+            // The guest came in and went out again; what it came in by may still hold the address.
+            let earlier = self.state().earlier_destination.take();
+            drop(earlier);
+        }
+        let destination = Arc::new(Destination::listen(&self.guest, uri, &parameters)?);
+        let replaced = {
+            let mut state = self.state();
+            state.in_force = parameters;
+            std::mem::replace(&mut state.latest, Latest::Incoming(destination))
+        };
+        // Waits for its threads, so not with the lock held.
+        drop(replaced);
+        Ok(())
+    }
+
+    /// Ends the migration that is running, if one is.
+    ///
+    /// # Errors
+    /// When it can no longer be ended: the guest was released, or is here already.
+    pub fn cancel(&self) -> Result<(), VmError> {
+        let latest = self.latest();
+        let is_over = || self.report().is_none_or(|report| report.status.is_final());
+        if is_over() {
+            return Ok(());
+        }
+        let outcome = match latest {
+            Latest::None => Ok(()),
+            Latest::Outgoing(source) => source.cancel(),
+            Latest::Incoming(destination) => destination.cancel(),
+        };
+        match outcome {
+            // It ended by itself in the meantime.
+            Err(_) if is_over() => Ok(()),
+            outcome => Ok(outcome?),
+        }
+    }
+
+    /// Ends a migration out, if one is running and may still be ended.
+    pub(crate) fn cancel_outgoing(&self) {
+        if let Latest::Outgoing(source) = self.latest()
+            && !source.report().status.is_final()
+        {
+            // Refused once the guest is released: it is the destination's to run then, whatever becomes of this side.
+            let _ = source.cancel();
+        }
+    }
+
+    /// Pauses the guest.
+    ///
+    /// # Errors
+    /// When it is not here, or does not pause.
+    pub fn stop(&self) -> Result<(), VmError> {
+        Ok(self.guest.stop()?)
+    }
+
+    /// Starts or restarts the guest.
+    ///
+    /// # Errors
+    /// When it is not this side's to run, or does not start.
+    pub fn cont(&self) -> Result<(), VmError> {
+        Ok(self.guest.cont()?)
+    }
+
+    /// A person's decision: the guest, which may be on either side, is here.
+    ///
+    /// # Errors
+    /// When nothing is undecided.
+    pub fn take_back(&self) -> Result<(), VmError> {
+        let _one_at_a_time = lock(&self.commands);
+        match self.latest() {
+            Latest::Outgoing(source) => Ok(source.take_back()?),
+            Latest::Incoming(destination) => Ok(destination.take_over()?),
+            Latest::None => {
+                let place = self.guest.place(dunlin::Side::Source);
+                Err(GuestError::NothingToDecide(place).into())
+            }
+        }
+    }
+
+    /// Has the machine check itself. Takes as long as that takes; other commands go on.
+    ///
+    /// # Errors
+    /// When the guest is not here, or could not be checked.
+    pub fn verify(&self) -> Result<Verification, VmError> {
+        match self.run_state() {
+            RunState::Running | RunState::Paused => {}
+            elsewhere => return Err(VmError::NotHere(elsewhere)),
+        }
+        let verifier = self.verifier.as_ref().ok_or(VmError::CannotVerify)?;
+        verifier.verify().map_err(VmError::Verify)
+    }
+
+    /// Says that the process is to end.
+    pub fn request_quit(&self) {
+        *lock(&self.quit) = true;
+        self.quit_changed.notify_all();
+    }
+
+    /// Waits until the process is to end, but not longer than `timeout`; tells whether it is to.
+    pub fn wait_for_quit(&self, timeout: Duration) -> bool {
+        let waited = self.quit_changed.wait_timeout_while(lock(&self.quit), timeout, |quit| !*quit);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Ends a migration out and waits for that, but not longer than `timeout`, then pauses the guest if it is here.
+    /// Gives the report of what was ended.
+    pub fn shut_down(&self, timeout: Duration) -> Option<Report> {
+        let deadline = Instant::now() + timeout;
+        let running = |report: &Report| !report.status.is_final() && report.status != Status::None;
+        let ended = match self.latest() {
+            Latest::Outgoing(source) if running(&source.report()) => {
+                self.cancel_outgoing();
+                while running(&source.report()) && Instant::now() < deadline {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Some(source.report())
+            }
+            _ => None,
+        };
+        // A guest that is not here has nothing to pause.
+        let _ = self.guest.stop();
+        ended
+    }
+}
+
+/// Takes into `parameters` what was changed, but for what only the other side reads.
+fn apply(parameters: &mut Parameters, changed: &[(&str, u64)], not: Applies) -> Result<(), ParameterError> {
+    for (name, number) in changed {
+        if PARAMETERS.iter().any(|info| info.name == *name && info.applies != not) {
+            parameters.set(name, *number)?;
+        }
+    }
+    Ok(())
+}

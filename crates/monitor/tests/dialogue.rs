@@ -1,0 +1,318 @@
+//! Dialogues over a real socket with a machine that has no RAM.
+
+// Clippy's exception for tests does not reach the functions that they call.
+#![allow(clippy::unwrap_used)]
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use dunlin::machine::{Machine, MachineError, StateSection};
+use dunlin::memory::{DirtyTracker, Ram};
+use dunlin::{Guest, PARAMETERS};
+use dunlin_monitor::{Client, ClientError, Server, ServerError, Verification, Vm};
+use serde_json::{Value, json};
+
+struct Tiny {
+    ram: Ram,
+}
+
+impl Machine for Tiny {
+    fn ram(&self) -> &Ram {
+        &self.ram
+    }
+    fn dirty_tracker(&self) -> Result<Box<dyn DirtyTracker>, MachineError> {
+        Err("it has nothing to track".into())
+    }
+    fn profile(&self) -> Vec<u8> {
+        Vec::new()
+    }
+    fn accept_profile(&self, _: &[u8]) -> Result<(), MachineError> {
+        Ok(())
+    }
+    fn pause(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+    fn resume(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+    fn save(&self) -> Result<Vec<StateSection>, MachineError> {
+        Ok(Vec::new())
+    }
+    fn load(&self, _: Vec<StateSection>) -> Result<(), MachineError> {
+        Ok(())
+    }
+}
+
+fn tiny() -> Arc<dyn Machine> {
+    Arc::new(Tiny { ram: Ram::new(Vec::new()).unwrap() })
+}
+
+struct Served {
+    server: Option<Server>,
+    vm: Arc<Vm>,
+    path: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+fn serve(vm: Arc<Vm>) -> Served {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("qmp");
+    let server = Some(Server::start(&path, &vm).unwrap());
+    Served { server, vm, path, _directory: directory }
+}
+
+fn serve_tiny() -> Served {
+    serve(Vm::new(Guest::new(tiny()), None))
+}
+
+struct Raw(BufReader<UnixStream>);
+
+impl Raw {
+    fn connect(served: &Served) -> Self {
+        let stream = UnixStream::connect(&served.path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        Self(BufReader::new(stream))
+    }
+
+    fn negotiated(served: &Served) -> Self {
+        let mut raw = Self::connect(served);
+        raw.line();
+        assert_eq!(raw.ask(r#"{"execute": "qmp_capabilities"}"#), json!({"return": {}}));
+        raw
+    }
+
+    fn write(&self, text: &str) {
+        let _ = self.0.get_ref().write_all(text.as_bytes());
+    }
+
+    fn line(&mut self) -> Value {
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn ask(&mut self, text: &str) -> Value {
+        self.write(&format!("{text}\n"));
+        self.line()
+    }
+}
+
+fn error(class: &str, desc: &str) -> Value {
+    json!({"error": {"class": class, "desc": desc}})
+}
+
+#[test]
+fn greeting_and_negotiation() {
+    let served = serve_tiny();
+    let mut raw = Raw::connect(&served);
+    let greeting = raw.line();
+    assert_eq!(greeting["QMP"]["version"]["qemu"], json!({"micro": 2, "minor": 0, "major": 10}));
+    assert_eq!(greeting["QMP"]["capabilities"], json!([]));
+    assert_eq!(
+        raw.ask(r#"{"execute": "query-status"}"#),
+        error("CommandNotFound", "Expecting capabilities negotiation with 'qmp_capabilities'")
+    );
+    assert_eq!(
+        raw.ask(r#"{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}"#)["error"]["class"],
+        "GenericError"
+    );
+    assert_eq!(raw.ask(r#"{"execute": "qmp_capabilities", "id": [1, "x"]}"#), json!({"return": {}, "id": [1, "x"]}));
+    assert_eq!(
+        raw.ask(r#"{"execute": "qmp_capabilities"}"#),
+        error("CommandNotFound", "Capabilities negotiation is already complete, command ignored")
+    );
+}
+
+#[test]
+fn errors_name_what_is_wrong() {
+    let served = serve_tiny();
+    let mut raw = Raw::negotiated(&served);
+    for (request, class, desc) in [
+        (r#"{"execute": "system_reset"}"#, "CommandNotFound", "The command system_reset has not been found"),
+        (r#"{"execute": "migrate"}"#, "GenericError", "Parameter 'uri' is missing"),
+        (
+            r#"{"execute": "migrate", "arguments": {"uri": 3}}"#,
+            "GenericError",
+            "Invalid parameter type for 'uri', expected: string",
+        ),
+        (r#"{"execute": "stop", "arguments": {"x": 1}}"#, "GenericError", "Parameter 'x' is unexpected"),
+        (
+            r#"{"execute": "migrate-set-parameters", "arguments": {"x": 1}}"#,
+            "GenericError",
+            "Parameter 'x' is unexpected",
+        ),
+        (
+            r#"{"execute": "migrate-set-parameters", "arguments": {"downtime-limit": "1s"}}"#,
+            "GenericError",
+            "Invalid parameter type for 'downtime-limit', expected: integer",
+        ),
+        (r#"{"execute": 1}"#, "GenericError", "QMP input member 'execute' must be a string"),
+        (r#"{"exec": "stop"}"#, "GenericError", "QMP input member 'exec' is unexpected"),
+        (r#"{}"#, "GenericError", "QMP input lacks member 'execute'"),
+        (r#"[]"#, "GenericError", "QMP input must be a JSON object"),
+        (r#"{"execute": "x-verify"}"#, "GenericError", "this machine cannot verify itself"),
+        (
+            r#"{"execute": "migrate", "arguments": {"uri": "", "resume": true}}"#,
+            "GenericError",
+            "there is no outgoing migration to resume; start one without 'resume'",
+        ),
+    ] {
+        assert_eq!(raw.ask(request), error(class, desc), "{request}");
+    }
+    let bad = raw.ask(r#"{"execute": "migrate", "id": 7, "arguments": {"uri": "tcp:localhost"}}"#);
+    assert_eq!(bad["id"], 7);
+    assert!(bad["error"]["desc"].as_str().unwrap().contains("the port is missing"), "{bad}");
+}
+
+#[test]
+fn framing_by_syntax_and_resync() {
+    let served = serve_tiny();
+    let mut raw = Raw::negotiated(&served);
+    raw.write(
+        "{\"execute\":\"stop\",\"id\":1}{\"execute\":\"cont\",\n\n \"id\":2}\n\n {\"execute\":\"stop\", \"id\":3}",
+    );
+    for id in 1..=3 {
+        assert_eq!(raw.line(), json!({"return": {}, "id": id}));
+    }
+    let stop = r#"{"execute": "stop"}"#;
+    for garbage in ["GET / HTTP/1.1", r#"{"execute": }"#, "{]", "\u{1}\u{2}ü", r#"{"a": "b"#, "'", "]"] {
+        let answer = raw.ask(garbage);
+        assert_eq!(answer["error"]["class"], "GenericError", "{garbage}: {answer}");
+        assert!(answer["error"]["desc"].as_str().unwrap().starts_with("JSON parse error"), "{answer}");
+        assert_eq!(raw.ask(stop), json!({"return": {}}), "after {garbage}");
+    }
+    let long = format!(r#"{{"execute": "{}"}}"#, "x".repeat(2 << 20));
+    assert!(raw.ask(&long)["error"]["desc"].as_str().unwrap().contains("longer than"));
+    assert_eq!(raw.ask(stop), json!({"return": {}}));
+    for depth in [200, 10_000] {
+        let deep = format!("{{\"execute\": {}{}}}", "[".repeat(depth), "]".repeat(depth));
+        assert_eq!(raw.ask(&deep)["error"]["class"], "GenericError");
+        assert_eq!(raw.ask(stop), json!({"return": {}}));
+    }
+}
+
+#[test]
+fn status_stop_and_cont() {
+    let served = serve_tiny();
+    let mut client = Client::connect(&served.path).unwrap();
+    let mut status = || client.execute("query-status", json!({})).unwrap();
+    assert_eq!(status(), json!({"status": "paused", "running": false}));
+    served.vm.cont().unwrap();
+    assert_eq!(status(), json!({"status": "running", "running": true}));
+    let error = client.execute("cont", json!({"x-take-back": true})).unwrap_err().to_string();
+    assert!(error.contains("nothing is undecided"), "{error}");
+    client.execute("migrate_cancel", json!({})).unwrap();
+    assert_eq!(client.execute("query-migrate", json!({})).unwrap(), json!({}));
+    assert_eq!(client.execute("query-migration-report", json!({})).unwrap(), Value::Null);
+    let commands = client.execute("query-commands", json!({})).unwrap();
+    assert!(commands.as_array().unwrap().contains(&json!({"name": "migrate-incoming"})));
+
+    let awaited = serve(Vm::new(Guest::awaited(tiny()), Some(Box::new(|| Err("never".into())))));
+    let mut client = Client::connect(&awaited.path).unwrap();
+    assert_eq!(client.execute("query-status", json!({})).unwrap()["status"], "inmigrate");
+    for command in ["cont", "stop", "x-verify"] {
+        let error = client.execute(command, json!({})).unwrap_err();
+        assert!(matches!(error, ClientError::Refused { .. }), "{command}: {error}");
+    }
+}
+
+#[test]
+fn parameters_all_or_none() {
+    let served = serve_tiny();
+    let mut client = Client::connect(&served.path).unwrap();
+    let before = client.execute("query-migrate-parameters", json!({})).unwrap();
+    assert_eq!(before.as_object().unwrap().len(), PARAMETERS.len());
+    assert_eq!(before["downtime-limit"], 300);
+    let wanted = json!({"downtime-limit": 17, "multifd-channels": 0});
+    let error = client.execute("migrate-set-parameters", wanted).unwrap_err().to_string();
+    assert!(error.contains("multifd-channels") && error.contains("1 to 255"), "{error}");
+    assert_eq!(client.execute("query-migrate-parameters", json!({})).unwrap(), before);
+    client.execute("migrate-set-parameters", json!({"downtime-limit": 17, "max-bandwidth": u64::MAX})).unwrap();
+    let after = client.execute("query-migrate-parameters", json!({})).unwrap();
+    assert_eq!((&after["downtime-limit"], &after["max-bandwidth"]), (&json!(17), &json!(u64::MAX)));
+    // What was read can be set back, as libvirt does.
+    client.execute("migrate-set-parameters", before).unwrap();
+}
+
+#[test]
+fn verifying_does_not_keep_others_waiting() {
+    let (release, released) = mpsc::channel::<()>();
+    let released = std::sync::Mutex::new(released);
+    let verify = move || {
+        released.lock().unwrap().recv()?;
+        Ok(Verification { good: true, report: json!({"pages": 3}), summary: "3 pages".to_owned() })
+    };
+    let served = serve(Vm::new(Guest::new(tiny()), Some(Box::new(verify))));
+    let path = served.path.clone();
+    let verifying = std::thread::spawn(move || Client::connect(&path).unwrap().execute("x-verify", json!({})).unwrap());
+    std::thread::sleep(Duration::from_millis(50));
+    let mut client = Client::connect(&served.path).unwrap();
+    let begun = Instant::now();
+    for _ in 0..100 {
+        client.execute("query-status", json!({})).unwrap();
+    }
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    release.send(()).unwrap();
+    assert_eq!(verifying.join().unwrap(), json!({"pages": 3, "verified": true, "summary": "3 pages"}));
+}
+
+#[test]
+fn quit_answers_first() {
+    let mut served = serve_tiny();
+    let mut client = Client::connect(&served.path).unwrap();
+    assert!(!served.vm.wait_for_quit(Duration::ZERO));
+    assert_eq!(client.execute("quit", json!({})).unwrap(), json!({}));
+    assert!(served.vm.wait_for_quit(Duration::from_secs(10)));
+    drop(served.server.take());
+    assert!(client.wait_until_closed(Duration::from_secs(10)));
+    assert!(!served.path.exists());
+}
+
+#[test]
+fn sockets_in_the_way() {
+    let served = serve_tiny();
+    let refused = Server::start(&served.path, &served.vm).unwrap_err();
+    assert!(matches!(refused, ServerError::InUse { .. }), "{refused}");
+    // The live one still answers, and the attempt left nothing behind.
+    Client::connect(&served.path).unwrap();
+
+    let directory = tempfile::tempdir().unwrap();
+    let stale = directory.path().join("stale");
+    drop(UnixListener::bind(&stale).unwrap());
+    assert!(stale.exists());
+    drop(Server::start(&stale, &served.vm).unwrap());
+    assert!(!stale.exists());
+
+    let file = directory.path().join("file");
+    std::fs::write(&file, "precious").unwrap();
+    let refused = Server::start(&file, &served.vm).unwrap_err();
+    assert!(matches!(refused, ServerError::NotASocket { .. }), "{refused}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
+
+    let nowhere = Server::start(directory.path().join("no/such"), &served.vm).unwrap_err().to_string();
+    assert!(nowhere.contains("No such file"), "{nowhere}");
+    let long = Server::start(directory.path().join("x".repeat(200)), &served.vm).unwrap_err().to_string();
+    assert!(long.contains("too long"), "{long}");
+}
+
+#[test]
+fn many_clients() {
+    let mut served = serve_tiny();
+    let mut clients: Vec<_> = (0..32).map(|_| Client::connect(&served.path).unwrap()).collect();
+    for client in &mut clients {
+        client.execute("query-status", json!({})).unwrap();
+    }
+    let refused = Client::connect(&served.path).unwrap_err().to_string();
+    assert!(refused.contains("32 clients"), "{refused}");
+    clients.pop();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Client::connect(&served.path).is_err() {
+        assert!(Instant::now() < deadline);
+    }
+    // The end does not wait for clients that stay.
+    drop(served.server.take());
+    assert!(clients.iter_mut().all(|client| client.wait_until_closed(Duration::from_secs(5))));
+}
