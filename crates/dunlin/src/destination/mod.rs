@@ -189,6 +189,11 @@ impl Destination {
         &self.shared.local_uri
     }
 
+    /// Whether a migration can still come in, or the source of one that has come in may still ask after it.
+    pub fn is_listening(&self) -> bool {
+        !self.shared.closed.load(Ordering::Acquire)
+    }
+
     /// Where the current or latest migration stands.
     pub fn report(&self) -> Report {
         self.shared.snapshot()

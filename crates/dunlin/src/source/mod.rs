@@ -143,6 +143,7 @@ impl Shared {
         let snapshot = self.snapshot();
         let mut report = lock(&self.report);
         report.total_seconds = snapshot.total_seconds;
+        report.ram.remaining_bytes = snapshot.ram.remaining_bytes;
         if status == Status::Completed {
             let rounds_time: f64 = report.rounds.iter().map(|round| round.seconds).sum();
             let moved: u64 = report.rounds.iter().map(|round| round.transferred_bytes).sum();

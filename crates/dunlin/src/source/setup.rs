@@ -146,6 +146,7 @@ pub(super) fn agree(
                 return Err(Cause::Incompatible { reason });
             }
         }
+        Message::Abort(abort) => return Err(aborted(&abort)),
         other => return Err(Cause::Unexpected { message: other.name(), expected: "Accepted" }),
     }
     let mut channels = Vec::new();

@@ -99,7 +99,8 @@ impl Migration<'_> {
         transition(shared, SourceEvent::Pause)?;
         let pause_seconds = clock.lap();
         let predicted_downtime = lock(&shared.report).predicted_downtime_seconds.unwrap_or_default();
-        let (last, dirty_rate) = self.common.dirty.sync()?;
+        let dirty_rate = lock(&shared.report).dirty_bytes_per_second;
+        let (last, _) = self.common.dirty.sync()?;
         self.send_round(round)?;
         self.report_last_round(round, clock.peek(), last, dirty_rate, predicted_downtime)?;
         let ram_seconds = clock.lap();

@@ -31,7 +31,7 @@ pub(crate) const VERSION: u16 = 1;
 #[non_exhaustive]
 pub enum WireError {
     /// What connected does not speak this protocol.
-    #[error("not a Dunlin migration: it began with {beginning:?}")]
+    #[error("not a Dunlin migration: it began with \"{beginning}\"")]
     NotDunlin {
         /// The first bytes, made printable.
         beginning: String,
