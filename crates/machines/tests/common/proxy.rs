@@ -41,6 +41,8 @@ pub enum Moment {
     /// When a frame of this type comes on a control connection, before it is forwarded or after.
     Before(u16),
     After(u16),
+    /// At this byte of the first such frame on a control connection, or its last byte if it is shorter.
+    Inside(u16, usize),
 }
 
 struct Shared {
@@ -203,6 +205,13 @@ fn pump(shared: &Shared, way: Way, mut from: TcpStream, mut to: TcpStream) {
                 break;
             }
             let mut whole = [&header[..], &rest].concat();
+            if let Moment::Inside(wanted, at) = shared.moment
+                && control
+                && wanted == frame_type
+            {
+                let at = at.min(whole.len() - 1);
+                shared.harm(&mut whole, at);
+            }
             going = forward(&mut whole);
             if control && shared.moment == Moment::After(frame_type) && !shared.harm(&mut [], 0) {
                 break;
