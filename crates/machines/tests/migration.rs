@@ -1,6 +1,7 @@
 //! Migrations that go well: 200 random ones, back and forth, every transport, pacing, and nothing left behind.
 //!
 //! `DUNLIN_TEST_RUNS` changes the number of random migrations.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 
 mod common;
 
