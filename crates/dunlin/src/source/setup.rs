@@ -129,8 +129,8 @@ pub(super) fn agree(
     let timeout = lock(&shared.parameters).link_timeout;
     let role = if wanted == 0 { Role::Single } else { Role::Control };
     let control_counters = shared.control.clone();
-    control_counters.bytes.fetch_add(HELLO_TOTAL_BYTES, Ordering::Relaxed);
     let connection = connect(shared, role, session, timeout, &shared.stop)?;
+    control_counters.bytes.fetch_add(HELLO_TOTAL_BYTES, Ordering::Relaxed);
     let control = Control::open(connection, control_counters.clone(), shared, events.clone())?;
     let machine = shared.guest.machine();
     let start = Start {
@@ -158,8 +158,8 @@ pub(super) fn agree(
     }
     for index in 0..wanted {
         let counters = Arc::new(ChannelCounters::default());
-        counters.bytes.fetch_add(HELLO_TOTAL_BYTES, Ordering::Relaxed);
         let connection = connect(shared, Role::Data { index }, session, timeout, &shared.stop)?;
+        counters.bytes.fetch_add(HELLO_TOTAL_BYTES, Ordering::Relaxed);
         let sender = FrameSender::new(connection, counters.clone());
         channels.push(DataChannel { sender: Arc::new(sender.into()), counters });
     }
