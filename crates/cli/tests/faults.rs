@@ -238,7 +238,7 @@ impl Trial {
 
     /// What both sides say fits together, is said in full, and is true: a running guest is verified, and no side
     /// runs a guest that is not its own.
-    fn find(&self, source: Option<&End>, destination: Option<&End>) -> Result<Found, String> {
+    fn find(&self, fault: Fault, source: Option<&End>, destination: Option<&End>) -> Result<Found, String> {
         let told = |end: &End| match end.report.status {
             Status::Completed => {
                 ensure(end.report.error.is_none(), || format!("completed, and an error: {:?}", end.report.error))
@@ -274,6 +274,10 @@ impl Trial {
                 && end.report.status == Status::Completed
         };
         match (source, destination) {
+            // A link that came back has told the destination.
+            (Some(s), Some(d)) if took_back(s) && fault == Fault::Cut && undecided(d) => {
+                Err("the destination was not told that the source has taken the guest back".to_owned())
+            }
             (Some(s), Some(d)) if took_back(s) && !d.running => Ok(Found::SourceRuns),
             (Some(s), Some(d)) if completed(s) && arrived(d) => Ok(Found::DestinationRuns),
             (Some(s), Some(d)) if undecided(s) && arrived(d) => Ok(Found::DestinationRunsSourceUndecided),
@@ -364,7 +368,7 @@ impl Trial {
         thread::sleep(WATCHED);
         let (source, destination) = (End::of(&self.source), End::of(&self.destination));
         let ends = format!("{:<42} | {:<54}", shown(source.as_ref()), shown(destination.as_ref()));
-        let outcome = self.find(source.as_ref(), destination.as_ref()).and_then(|found| {
+        let outcome = self.find(fault, source.as_ref(), destination.as_ref()).and_then(|found| {
             ensure(allowed(fault, moment).contains(&found), || {
                 format!("{found:?}, where {:?} are allowed", allowed(fault, moment))
             })?;
@@ -411,8 +415,7 @@ fn table(fault: Fault) {
     let mut random = Random::new(fault.name());
     let usual = usual_time();
     let runs = number("DUNLIN_TEST_RUNS").unwrap_or(8);
-    let mut moments: Vec<Moment> =
-        (0..runs).map(|_| Moment::Random(usual.mul_f64(random.fraction() * 1.05))).collect();
+    let mut moments: Vec<Moment> = (0..runs).map(|_| Moment::Random(usual.mul_f64(random.fraction() * 1.05))).collect();
     for frame in Frame::ALL {
         moments.extend([When::Before, When::After].map(|when| Moment::Step(frame, when)));
     }
