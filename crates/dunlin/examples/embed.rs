@@ -3,6 +3,8 @@
 //! A VMM does the same with its vCPUs in the place of the thread. Both sides are in one process here, to keep it
 //! short; in life they are on two hosts. Run it with `cargo run --release --example embed`.
 
+#![allow(clippy::print_stdout)]
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;

@@ -1,6 +1,6 @@
 //! Dunlin moves running virtual machines from one process to another.
 //!
-//! A VMM implements [`Machine`](machine::Machine) for its machines, puts each into a [`Guest`], and calls
+//! A VMM implements [`Machine`] for its machines, puts each into a [`Guest`], and calls
 //! [`Source::start`] on one side and [`Destination::listen`] on the other. Everything else happens on the engine's
 //! own threads: dirty tracking, rounds, convergence, switchover, and a handover in which at no instant both sides may
 //! run the guest. `examples/embed.rs` is a whole program.

@@ -1,4 +1,5 @@
 //! The synthetic machine by itself: it does what its seed says, stops when told, and catches every kind of fault.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -40,6 +40,11 @@ impl Connection {
         &self.name
     }
 
+    /// Says in errors what the connection is for.
+    pub(crate) fn rename(&mut self, purpose: &str) {
+        self.name = format!("{purpose} ({})", self.name);
+    }
+
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }

@@ -214,7 +214,8 @@ impl Acceptor<'_> {
         match hello.role {
             Role::Control | Role::Single => self.begin(waiting, hello),
             Role::Data { index } => {
-                let connection = waiting.connection;
+                let mut connection = waiting.connection;
+                connection.rename(&hello.role.to_string());
                 self.hand_to_session(hello.session, connection, |connection| Event::Data { index, connection });
                 Verdict::Settled
             }
@@ -258,7 +259,8 @@ impl Acceptor<'_> {
             Current { id: hello.session, events: events.clone(), state: DestinationState::Loading, orphaned: None };
         *lock(&self.shared.session) = Some(current);
         let shared = self.shared.clone();
-        let connection = waiting.connection;
+        let mut connection = waiting.connection;
+        connection.rename(&hello.role.to_string());
         let thread = spawn("destination session", move || {
             let session = Session::new(&shared, hello.session, hello.role, events, incoming);
             let _ = tell.send(session.run(connection));

@@ -150,7 +150,7 @@ impl RamBlock {
             return Err(MemoryError::Name { block: name });
         }
         let size_bytes = mapping.size_bytes();
-        if size_bytes == 0 || size_bytes % PAGE_SIZE != 0 {
+        if size_bytes == 0 || !size_bytes.is_multiple_of(PAGE_SIZE) {
             return Err(MemoryError::Size { block: name, size_bytes });
         }
         let address = mapping.host_address();

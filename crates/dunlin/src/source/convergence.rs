@@ -36,6 +36,8 @@ pub(super) struct Costs {
     pub(super) fixed: Duration,
     /// The bandwidth limit; 0 for none.
     pub(super) max_bandwidth: u64,
+    /// How much faster than measured RAM travels once the guest is stopped; see `contention`.
+    pub(super) speedup_when_stopped: f64,
 }
 
 /// What to do next.
@@ -81,7 +83,10 @@ pub(super) fn bandwidth(rounds: &[RoundFigures], max_bandwidth: u64) -> u64 {
 
 fn predict(rounds: &[RoundFigures], costs: &Costs) -> Duration {
     let dirty = rounds.last().map_or(0, |round| round.dirty_bytes);
-    costs.fixed.saturating_add(duration(seconds(dirty, bandwidth(rounds, costs.max_bandwidth))))
+    let measured = bandwidth(rounds, costs.max_bandwidth);
+    let stopped = (measured as f64 * costs.speedup_when_stopped.max(1.0)) as u64;
+    let stopped = if costs.max_bandwidth == 0 { stopped } else { stopped.min(costs.max_bandwidth) };
+    costs.fixed.saturating_add(duration(seconds(dirty, stopped)))
 }
 
 /// What to do after the last of `rounds`.
@@ -131,7 +136,7 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
     const LIMIT: Duration = Duration::from_millis(300);
-    const COSTS: Costs = Costs { fixed: Duration::from_millis(2), max_bandwidth: 0 };
+    const COSTS: Costs = Costs { fixed: Duration::from_millis(2), max_bandwidth: 0, speedup_when_stopped: 1.0 };
 
     /// A guest of `ram` with a working set of which it dirties `rate` bytes a second, uniformly, over a link of
     /// `bandwidth`: rounds until the decision, or `None` after 100.
@@ -198,7 +203,7 @@ mod tests {
         };
         assert_eq!(decide(&[round(299 * MIB)], &COSTS, LIMIT).decision, Decision::AnotherRound, "a round pays");
         assert_eq!(decide(&[round(0)], &COSTS, LIMIT).decision, Decision::SwitchOver);
-        let slow = Costs { fixed: Duration::from_millis(301), max_bandwidth: 0 };
+        let slow = Costs { fixed: Duration::from_millis(301), ..COSTS };
         assert_eq!(decide(&[round(0)], &slow, LIMIT).decision, Decision::AnotherRound);
     }
 
@@ -211,7 +216,7 @@ mod tests {
             dirty_bytes: 10 * MIB,
             dirty_rate: 0,
         };
-        let costs = Costs { fixed: Duration::ZERO, max_bandwidth: 10 * MIB };
+        let costs = Costs { fixed: Duration::ZERO, max_bandwidth: 10 * MIB, ..COSTS };
         assert_eq!(decide(&[round], &costs, LIMIT).predicted, Duration::from_secs(1));
     }
 }

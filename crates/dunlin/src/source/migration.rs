@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
+use super::contention::Contention;
 use super::convergence::{self, Costs, Decision, RoundFigures, Verdict};
 use super::setup::{self, Control};
 use super::worker::{Common, DirtyRam};
@@ -29,6 +30,7 @@ pub(super) struct Migration<'a> {
     pub(super) common: Arc<Common>,
     rounds: Vec<RoundFigures>,
     last_sync: Duration,
+    contention: Contention,
     /// Channels on which the destination has everything of the present round.
     acknowledged: usize,
     /// The figures at the end of the round before.
@@ -80,6 +82,7 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
         common,
         rounds: Vec::new(),
         last_sync: Duration::ZERO,
+        contention: Contention::new(),
         acknowledged: 0,
         moved_before: shared.transferred_bytes(),
         pages_before: PageCounts::default(),
@@ -186,8 +189,9 @@ impl Migration<'_> {
             (parameters.downtime_limit, parameters.max_bandwidth)
         };
         let round_trip = *lock(&self.shared.round_trip);
+        let speedup_when_stopped = self.contention.factor(self.shared.cpu.total());
         let fixed = PAUSE_SAVE_LOAD_RESUME + self.last_sync + round_trip * 2;
-        let verdict = convergence::decide(&self.rounds, &Costs { fixed, max_bandwidth }, limit);
+        let verdict = convergence::decide(&self.rounds, &Costs { fixed, max_bandwidth, speedup_when_stopped }, limit);
         let round = RoundDone {
             number,
             duration,

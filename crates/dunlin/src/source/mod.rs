@@ -4,6 +4,7 @@
 //! switchover), a worker a channel sends pages, a reader listens to the destination, a pulse keeps the link alive.
 //! They meet in one queue of events that the driving thread reads, and in [`Shared`], which reports are made from.
 
+mod contention;
 mod convergence;
 mod migration;
 mod pacing;

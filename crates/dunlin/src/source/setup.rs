@@ -95,7 +95,9 @@ pub(super) fn connect(
     timeout: Duration,
     stop: &AtomicBool,
 ) -> Result<Arc<Connection>, Cause> {
-    let connection = Arc::new(shared.uri.connect(timeout, stop)?);
+    let mut connection = shared.uri.connect(timeout, stop)?;
+    connection.rename(&role.to_string());
+    let connection = Arc::new(connection);
     // Whoever sets `stop` cuts this connection, so as not to have to wait for the answer.
     *lock(&shared.greeting) = Some(connection.clone());
     let asked = Instant::now();

@@ -55,6 +55,17 @@ pub(crate) enum Role {
     Reconnect,
 }
 
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Control => f.write_str("the control connection"),
+            Self::Data { index } => write!(f, "data channel {index}"),
+            Self::Single => f.write_str("the connection"),
+            Self::Reconnect => f.write_str("the new control connection"),
+        }
+    }
+}
+
 /// The first bytes on every connection, from the side that connects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Hello {

@@ -133,7 +133,7 @@ impl SyntheticMachine {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn empty(memory_bytes: u64, vcpus: u32) -> Result<Arc<Self>, SyntheticError> {
-        if memory_bytes < MIN_MEMORY_BYTES || memory_bytes % PAGE_BYTES as u64 != 0 {
+        if memory_bytes < MIN_MEMORY_BYTES || !memory_bytes.is_multiple_of(PAGE_BYTES as u64) {
             return Err(SyntheticError::MemorySize { bytes: memory_bytes });
         }
         if vcpus == 0 || vcpus > MAX_VCPUS {
