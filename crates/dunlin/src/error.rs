@@ -260,6 +260,15 @@ pub enum Cause {
         /// How long reconnection was tried.
         after: Duration,
     },
+    /// Everything has arrived, and the source was lost before it released the guest.
+    #[error(
+        "the source was lost when everything had arrived and before it released the guest ({last}); this side waits \
+         for it to connect again; if it is gone for good, take the guest over here (cont --take-back)"
+    )]
+    Orphaned {
+        /// How it was lost.
+        last: String,
+    },
     /// A thread of the engine could not be started, or ended without an answer.
     #[error("a thread of the engine ({thread}) {what}")]
     Thread {

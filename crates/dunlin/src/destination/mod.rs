@@ -218,12 +218,19 @@ impl Destination {
         }
     }
 
-    /// Changes parameters under way.
+    /// Changes parameters: all of them while a migration is only waited for, the live ones under way.
     ///
     /// # Errors
-    /// When one of them is not live; nothing is changed then.
+    /// When one of them is not live and a migration runs; nothing is changed then.
     pub fn set_parameters(&self, wanted: &Parameters) -> Result<(), ParameterError> {
-        lock(&self.shared.parameters).change_live(wanted)
+        // Held, so that no migration begins in between.
+        let session = lock(&self.shared.session);
+        let mut parameters = lock(&self.shared.parameters);
+        if session.is_none() {
+            parameters.clone_from(wanted);
+            return Ok(());
+        }
+        parameters.change_live(wanted)
     }
 
     /// Waits until the guest is here, or no further migration can come in.

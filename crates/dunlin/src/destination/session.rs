@@ -442,7 +442,7 @@ impl<'a> Session<'a> {
         match self.state {
             DestinationState::Ready => {
                 // Not the end: the source connects again, or a person decides.
-                let error = self.shared.error(cause);
+                let error = self.shared.error(Cause::Orphaned { last: cause.to_string() });
                 lock(&self.shared.report).error = Some((&error).into());
                 if let Some(current) = &mut *lock(&self.shared.session) {
                     current.orphaned = Some(Instant::now());

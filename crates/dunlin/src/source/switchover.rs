@@ -336,10 +336,16 @@ impl Drop for Again<'_> {
 /// Tells a destination over a new connection that the guest was taken back. It finds out by itself, only later, if
 /// this fails.
 fn tell(shared: &Shared, cause: &Cause) {
-    if shared.uri.can_reconnect()
-        && let Ok(mut again) = Again::open(shared, TELL)
-    {
-        let _ = again.apply(SourceEvent::Reconnected, Some(cause));
+    let deadline = Instant::now() + TELL;
+    let mut pause = RETRY.0;
+    while shared.uri.can_reconnect() && !shared.abandoned.load(Ordering::Acquire) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let told = Again::open(shared, left).and_then(|mut again| again.apply(SourceEvent::Reconnected, Some(cause)));
+        if matches!(told, Ok(()) | Err(Cause::Refused { .. })) || left <= pause {
+            return;
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(RETRY.1);
     }
 }
 
