@@ -9,7 +9,9 @@ use std::process::Child;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 
 use crate::error::Cause;
 use crate::memory::GuestSlice;
@@ -62,7 +64,7 @@ impl Connection {
             let mut control = SendAncillaryBuffer::default();
             match rustix::net::sendmsg(&self.socket, now, &mut control, SendFlags::NOSIGNAL) {
                 Ok(sent) => IoSlice::advance_slices(&mut rest, sent),
-                Err(rustix::io::Errno::INTR) => {}
+                Err(Errno::INTR) => {}
                 Err(e) => return Err(self.error("send to", e.into())),
             }
         }
@@ -77,8 +79,8 @@ impl Connection {
             match rustix::net::recv(&self.socket, &mut *rest, RecvFlags::empty()) {
                 Ok((0, _)) => return Err(Cause::Closed { channel: self.name.clone() }),
                 Ok((got, _)) => rest = rest.get_mut(got..).unwrap_or_default(),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => {
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
                     let timed_out = io::Error::new(io::ErrorKind::TimedOut, "no answer in time");
                     return Err(self.error("receive from", timed_out));
                 }
@@ -122,8 +124,8 @@ impl Connection {
         loop {
             match rustix::net::recv(&self.socket, &mut *buffer, RecvFlags::DONTWAIT) {
                 Ok((got, _)) => return Ok(Some(got)),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => return Ok(None),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(None),
                 Err(e) => return Err(self.error("receive from", e.into())),
             }
         }
@@ -139,7 +141,7 @@ impl Connection {
         while Instant::now() < deadline {
             match rustix::net::recv(&self.socket, &mut scratch, RecvFlags::empty()) {
                 Ok((0, _)) => break,
-                Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+                Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(_) => break,
             }
         }
@@ -175,16 +177,17 @@ impl Drop for Connection {
     }
 }
 
-/// Waits for a command whose connection has been shut down; one that does not end by itself is killed.
+/// Waits for a command whose connection has been shut down, and ends what is left of it and of its process group.
 fn reap(child: &mut Child) {
+    let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) else { return };
     let deadline = Instant::now() + Duration::from_secs(1);
-    while Instant::now() < deadline {
-        match child.try_wait() {
-            Ok(None) => std::thread::sleep(Duration::from_millis(5)),
-            Ok(Some(_)) | Err(_) => return,
-        }
+    // Not reaped yet, its number cannot become another group's before the signal.
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    while Instant::now() < deadline && matches!(waitid(WaitId::Pid(group), options), Ok(None) | Err(Errno::INTR)) {
+        std::thread::sleep(Duration::from_millis(5));
     }
-    let _ = child.kill();
+    // Fails only when nothing is left.
+    let _ = kill_process_group(group, Signal::KILL);
     let _ = child.wait();
 }
 

@@ -106,8 +106,10 @@ impl Migration<'_> {
         self.shared.set_phase(Phase::Precopy, Status::Active);
         for number in 1.. {
             let began = Instant::now();
-            self.send_round(number)?;
+            let marked = self.send_round(number)?;
             self.await_placed(number)?;
+            // Nothing was queued behind the last mark, so its answer took a round trip and what was queued before.
+            self.shared.answered_within(marked.elapsed());
             let duration = began.elapsed();
             let verdict = self.end_round(number, duration)?;
             if verdict.decision == Decision::SwitchOver {
@@ -117,14 +119,18 @@ impl Migration<'_> {
         Err(Cause::Unexpected { message: "too many rounds", expected: "convergence" })
     }
 
-    /// Sends everything that is dirty.
-    pub(super) fn send_round(&mut self, number: u32) -> Result<(), Cause> {
+    /// Sends everything that is dirty; gives when the last of it was sent.
+    pub(super) fn send_round(&mut self, number: u32) -> Result<Instant, Cause> {
         self.workers.begin(number)?;
         let mut busy = self.workers.count();
         let mut failed = None;
+        let mut marked = Instant::now();
         while busy > 0 {
             match self.shared.next_event(self.incoming, &self.control)? {
-                Event::Worker(Ok(())) => busy -= 1,
+                Event::Worker(Ok(sent)) => {
+                    busy -= 1;
+                    marked = marked.max(sent);
+                }
                 // The destination may be about to say why.
                 Event::Worker(Err(cause)) => {
                     failed = Some(cause);
@@ -135,7 +141,7 @@ impl Migration<'_> {
             }
         }
         match failed {
-            None => Ok(()),
+            None => Ok(marked),
             Some(cause) => Err(self.reason_of_worker(cause)),
         }
     }

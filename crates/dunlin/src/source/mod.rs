@@ -35,7 +35,7 @@ use worker::Common;
 /// What the driving thread hears.
 enum Event {
     /// A worker has ended its round.
-    Worker(Result<(), Cause>),
+    Worker(Result<Instant, Cause>),
     /// The destination said something.
     Message(Message),
     /// The control connection is lost.
@@ -90,6 +90,12 @@ impl Shared {
         if report.status != Status::Cancelling {
             report.status = status;
         }
+    }
+
+    /// The destination took `duration` for an answer.
+    fn answered_within(&self, duration: Duration) {
+        let mut round_trip = lock(&self.round_trip);
+        *round_trip = round_trip.min(duration);
     }
 
     fn transferred_bytes(&self) -> u64 {

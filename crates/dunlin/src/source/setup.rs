@@ -108,8 +108,7 @@ pub(super) fn connect(
         Err(_) if stopped() => Err(Cause::Cancelled),
         Err(cause) => Err(cause),
         Ok(()) => {
-            let mut round_trip = lock(&shared.round_trip);
-            *round_trip = round_trip.min(asked.elapsed());
+            shared.answered_within(asked.elapsed());
             Ok(connection)
         }
     }
@@ -140,9 +139,12 @@ pub(super) fn agree(
         profile: machine.profile(),
     };
     let features = start.features.clone();
+    let asked = Instant::now();
     control.send(&Message::Start(start))?;
     match shared.next_message(incoming, &control)? {
         Message::Accepted { features: accepted } => {
+            // The hello may have waited for the peer of an `exec` connection to come up; this has not.
+            shared.answered_within(asked.elapsed());
             if let Some(missing) = features.iter().find(|f| f.required && !accepted.contains(&f.name)) {
                 let reason = format!("the destination did not accept the feature {}, which is needed", missing.name);
                 return Err(Cause::Incompatible { reason });

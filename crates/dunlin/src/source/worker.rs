@@ -111,8 +111,8 @@ impl Frame {
 }
 
 impl Worker {
-    /// Sends the dirty pages of this worker's chunks, then the round's mark.
-    pub(super) fn round(&mut self, round: u32) -> Result<(), Cause> {
+    /// Sends the dirty pages of this worker's chunks, then the round's mark; gives when the mark was sent.
+    pub(super) fn round(&mut self, round: u32) -> Result<Instant, Cause> {
         let common = self.common.clone();
         let mut first_chunk = 0;
         for (index, block) in common.ram.blocks().iter().enumerate() {
@@ -125,7 +125,9 @@ impl Worker {
             first_chunk += bitmap.chunks();
         }
         self.flush()?;
-        lock(&self.sender).send(&Message::Mark(Mark { round }))
+        let marked = Instant::now();
+        lock(&self.sender).send(&Message::Mark(Mark { round }))?;
+        Ok(marked)
     }
 
     fn chunk(
