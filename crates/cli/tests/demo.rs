@@ -156,5 +156,5 @@ fn memory_sizes() {
 fn that_fails() {
     let _turn = turn();
     fails(&["demo", "--memory", "0"], 1, &["memory"]);
-    fails(&["demo", "--memory", "900T"], 1, &["the source", "900 TiB"]);
+    fails(&["demo", "--memory", "900T"], 1, &["900 TiB", "could not map the memory"]);
 }
