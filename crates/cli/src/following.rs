@@ -64,7 +64,7 @@ pub fn failure(report: &Report) -> anyhow::Error {
 fn advice(guest: GuestPlace, phase: Option<Phase>) -> &'static str {
     match (guest, phase) {
         (GuestPlace::RunningAtSource | GuestPlace::AtSource, Some(Phase::Setup)) => {
-            "see that a destination waits there, then migrate again"
+            "once that is mended and a destination waits there, migrate again"
         }
         (GuestPlace::RunningAtSource | GuestPlace::AtSource, _) => "it can be migrated again",
         (GuestPlace::PausedAtSource, _) => "it can be migrated again, or started (dunlin cont)",

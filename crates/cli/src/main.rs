@@ -35,7 +35,16 @@ enum Outcome {
 }
 
 fn main() -> ExitCode {
-    match carry_out(Cli::parse().command) {
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) if error.use_stderr() && !error.to_string().starts_with("error: ") => error.exit(),
+        Err(error) if error.use_stderr() => {
+            terminal::note(&terminal::usage_line(&error.to_string()));
+            return ExitCode::from(2);
+        }
+        Err(help) => help.exit(),
+    };
+    match carry_out(command) {
         Ok(Outcome::Success) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted) => ExitCode::from(130),
         Err(error) => {

@@ -34,9 +34,34 @@ pub fn one_line(error: &anyhow::Error) -> String {
     line
 }
 
+/// What was wrong with a command line, on one line, of clap's several.
+pub fn usage_line(said: &str) -> String {
+    let mut line = String::new();
+    let said = said.strip_prefix("error: ").unwrap_or(said);
+    for part in said.lines().map(str::trim).filter(|part| !part.is_empty() && !part.starts_with("Usage:")) {
+        let between = match line.chars().last() {
+            None => "",
+            Some(':' | ';') => " ",
+            Some(_) => "; ",
+        };
+        let part = part.strip_prefix("For more").map_or(part.to_owned(), |rest| format!("for more{rest}"));
+        line = format!("{line}{between}{part}");
+    }
+    line
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_clap_says_on_one_line() {
+        let said = "error: unrecognized subcommand 'migrat'\n\n  tip: a similar one exists: 'migrate'\n\n\
+                    Usage: dunlin <COMMAND>\n\nFor more information, try '--help'.\n";
+        let line = "unrecognized subcommand 'migrat'; tip: a similar one exists: 'migrate'; for more information, \
+                    try '--help'.";
+        assert_eq!(usage_line(said), line);
+    }
 
     #[test]
     fn causes_once_and_on_one_line() {

@@ -156,5 +156,5 @@ fn memory_sizes() {
 fn that_fails() {
     let _turn = turn();
     fails(&["demo", "--memory", "0"], 1, &["memory"]);
-    fails(&["demo", "--memory", "900T"], 1, &["900 TiB", "could not map the memory"]);
+    fails(&["demo", "--memory", "900T"], 1, &["900.00 TiB", "could not map the memory"]);
 }

@@ -113,7 +113,7 @@ fn memory_that_cannot_be() {
     let _turn = turn();
     let directory = tempfile::tempdir().unwrap();
     let qmp = format!("unix:{}/a", directory.path().display());
-    for (memory, words) in [("0", &["memory"][..]), ("5000", &["4096"]), ("900T", &["900 TiB", "could not"])] {
+    for (memory, words) in [("0", &["memory"][..]), ("5000", &["4096"]), ("900T", &["900.00 TiB", "could not"])] {
         fails(&["run", "--memory", memory, "--qmp", &qmp], 1, words);
     }
 }
@@ -161,13 +161,13 @@ fn another_memory_size() {
     let wrong = Machine::source(directory.path(), "64M", WORKLOAD, &[]);
     let uri = destination.address();
     wrong.execute("query-status", json!({}));
-    let words = ["destination refused", "64 MiB", "96 MiB", "the guest is running at the source"];
+    let words = ["destination refused", "64.00 MiB", "96.00 MiB", "the guest is running at the source"];
     fails(&["migrate", "--qmp", &at(&wrong), &uri], 1, &words);
     let report = destination.ended();
     check_error(&report).unwrap();
     let message = report.error.unwrap().message;
     println!("{message}");
-    assert!(message.contains("64 MiB") && message.contains("96 MiB"), "{message}");
+    assert!(message.contains("64.00 MiB") && message.contains("96.00 MiB"), "{message}");
     assert!(wrong.is_running());
     wrong.verified();
     wrong.kill();

@@ -79,7 +79,7 @@ pub fn parse_duration(text: &str, bare: Duration) -> Result<Duration, QuantityEr
     Duration::try_from_secs_f64(seconds).map_err(|_| QuantityError { text: text.to_owned(), expected: DURATION })
 }
 
-/// A size for people: `512 B`, `64 MiB`, `1.50 GiB`.
+/// A size for people: `512 B`, `1.50 GiB`.
 pub fn format_size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = bytes as f64;
@@ -91,8 +91,7 @@ pub fn format_size(bytes: u64) -> String {
         }
         value /= 1024.0;
     }
-    let number = format!("{value:.2}");
-    format!("{} {unit}", number.strip_suffix(".00").unwrap_or(&number))
+    if unit == "B" { format!("{bytes} B") } else { format!("{value:.2} {unit}") }
 }
 
 #[cfg(test)]

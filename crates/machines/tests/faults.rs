@@ -445,7 +445,7 @@ fn refusals() {
     let to = empty(16 * MIB, 2);
     let destination = to.listen("tcp:127.0.0.1:0", &Parameters::default());
     for (other, reason) in [
-        (source(8 * MIB, 2, "idle", 1), "8388608 bytes at the source and 16777216 bytes here"),
+        (source(8 * MIB, 2, "idle", 1), "(8388608 bytes) at the source and 16.00 MiB (16777216 bytes) here"),
         (source(16 * MIB, 1, "idle", 1), "the source has 1 vCPUs, this machine has 2"),
     ] {
         let report = other.migrate(destination.local_uri(), &Parameters::default()).wait();

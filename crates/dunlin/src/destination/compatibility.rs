@@ -3,6 +3,7 @@
 use crate::error::Cause;
 use crate::machine::Machine;
 use crate::page;
+use crate::units::format_size;
 use crate::wire::Start;
 
 fn refuse<T>(reason: String) -> Result<T, Cause> {
@@ -41,9 +42,11 @@ fn check_layout(start: &Start, machine: &dyn Machine) -> Result<(), Cause> {
         }
         if theirs.size_bytes != ours.size_bytes() {
             return refuse(format!(
-                "RAM block {:?} has {} bytes at the source and {} bytes here; give both machines the same memory",
+                "RAM block {:?} has {} ({} bytes) at the source and {} ({} bytes) here; give both machines the same memory",
                 theirs.name,
+                format_size(theirs.size_bytes),
                 theirs.size_bytes,
+                format_size(ours.size_bytes()),
                 ours.size_bytes()
             ));
         }
