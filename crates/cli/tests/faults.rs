@@ -309,7 +309,7 @@ impl Trial {
         let both_alive = self.source.is_alive() && self.destination.is_alive();
         self.proxy.link().mend();
         match found {
-            Found::BothUndecided if choice % 3 == 0 => {
+            Found::BothUndecided if choice.is_multiple_of(3) => {
                 take_back(&self.source)?;
                 Ok("taken back")
             }
