@@ -126,7 +126,7 @@ fn active_line(report: &Report, rate: f64) -> String {
     // As short as it can be, for a terminal of 80 columns.
     format!(
         "round {}: {} left, {time_left}; {}/s, dirtied {}/s; downtime {}",
-        report.rounds.len() + 1,
+        report.rounds_ended().saturating_add(1),
         rough_size(left),
         rough_size(rate as u64),
         rough_size(report.dirty_bytes_per_second),

@@ -4,9 +4,10 @@
 //! in the middle of a frame sends no more.
 
 use std::io::IoSlice;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -228,6 +229,58 @@ impl LastHeard {
     }
 }
 
+/// How many messages of a connection may be queued: its reader waits when a peer sends faster than it is listened to,
+/// and so does the peer then. Without it, a peer could fill this process's memory.
+const MAX_QUEUED: usize = 16;
+
+/// Places in a queue for one connection's messages.
+#[derive(Debug, Default)]
+pub(crate) struct Places {
+    taken: Mutex<Taken>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Taken {
+    count: usize,
+    closed: bool,
+}
+
+/// A place, given back when dropped: when the message that holds it has been acted on.
+#[derive(Debug)]
+pub(crate) struct Place(Arc<Places>);
+
+impl Places {
+    /// Waits for a place; `None` once [`close`](Self::close) was called. Meanwhile the peer counts as heard: it is
+    /// this side that is behind.
+    pub(crate) fn take(self: &Arc<Self>, heard: &LastHeard) -> Option<Place> {
+        const LOOK: Duration = Duration::from_millis(100);
+        let mut taken = lock(&self.taken);
+        while taken.count >= MAX_QUEUED && !taken.closed {
+            heard.touch();
+            taken = self.changed.wait_timeout(taken, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if taken.closed {
+            return None;
+        }
+        taken.count += 1;
+        Some(Place(self.clone()))
+    }
+
+    /// Nobody listens any more: whoever waits for a place stops waiting.
+    pub(crate) fn close(&self) {
+        lock(&self.taken).closed = true;
+        self.changed.notify_all();
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        lock(&self.0.taken).count -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
 /// Keeps a link alive and notices when it is dead: sends heartbeats, and shuts the connection down when the peer has
 /// been silent for too long. Ends, and its thread with it, when dropped.
 #[derive(Debug)]
@@ -283,6 +336,17 @@ pub(crate) fn spawn(name: &'static str, body: impl FnOnce() + Send + 'static) ->
         .map_err(|e| Cause::Thread { thread: name, what: format!("could not be started: {e}") })
 }
 
+/// Turns a panic of `body`, in which a VMM's own code may run, into an error: somebody waits for the thread's answer,
+/// and a guest may be waiting to go on.
+pub(crate) fn contain<T>(thread: &'static str, body: impl FnOnce() -> Result<T, Cause>) -> Result<T, Cause> {
+    // What a panic leaves half done is a migration that fails; the locks' contents are checked anyway.
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
+        Err(Cause::Thread { thread, what: format!("panicked: {text}") })
+    })
+}
+
 /// CPU time of the calling thread so far.
 pub(crate) fn thread_cpu_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
@@ -323,5 +387,37 @@ impl CpuMeter {
 impl Drop for CpuMeter {
     fn drop(&mut self) {
         self.add();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A reader that is ahead waits, goes on when a message was acted on, and ends when nobody listens any more.
+    #[test]
+    fn places_are_few() {
+        let places = Arc::new(Places::default());
+        let heard = Arc::new(LastHeard::now());
+        let (queue, queued) = mpsc::channel();
+        let reader = std::thread::spawn({
+            let places = places.clone();
+            move || {
+                let mut read = 0;
+                while let Some(place) = places.take(&heard) {
+                    read += 1;
+                    queue.send(place).unwrap();
+                }
+                read
+            }
+        });
+        let mut taken: Vec<Place> = (0..MAX_QUEUED).map(|_| queued.recv().unwrap()).collect();
+        let nothing = queued.recv_timeout(Duration::from_millis(50));
+        assert!(nothing.is_err(), "the reader went past its places");
+        taken.clear();
+        taken.extend((0..MAX_QUEUED).map(|_| queued.recv().unwrap()));
+        assert!(queued.recv_timeout(Duration::from_millis(50)).is_err());
+        places.close();
+        assert_eq!(reader.join().unwrap(), 2 * MAX_QUEUED);
     }
 }

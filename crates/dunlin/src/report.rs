@@ -9,6 +9,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{GuestPlace, MigrationError, Phase, Side};
 
+/// Rounds that a report lists at most: a migration that does not converge goes on for as long as it is let.
+pub const MAX_ROUNDS: usize = 1000;
+
 /// Where a migration stands, in QEMU's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -78,13 +81,14 @@ pub struct Report {
     pub predicted_downtime_seconds: Option<f64>,
     /// What the downtime was made of, once the guest was stopped.
     pub downtime_parts: Option<DowntimeParts>,
-    /// Every pass over the dirty bitmap, in order; the last one with the guest stopped.
+    /// The passes over the dirty bitmap, in order, the latest [`MAX_ROUNDS`] of them; the last one with the guest
+    /// stopped.
     pub rounds: Vec<Round>,
     /// RAM.
     pub ram: RamReport,
     /// Bytes of device state sent or received.
     pub device_state_bytes: u64,
-    /// Bytes on all channels a second, over the last round with the guest running; after the end, over all of them.
+    /// Bytes on all channels a second, over the last round with the guest running; after the end, over all that are listed.
     pub bandwidth_bytes_per_second: u64,
     /// Bytes of RAM the guest dirties a second, as of the last round.
     pub dirty_bytes_per_second: u64,
@@ -125,6 +129,19 @@ impl Report {
             refused_connections: RefusedConnections::default(),
             error: None,
         }
+    }
+
+    /// Lists a round, in the place of the oldest if there are too many.
+    pub(crate) fn push_round(&mut self, round: Round) {
+        if self.rounds.len() >= MAX_ROUNDS {
+            self.rounds.remove(0);
+        }
+        self.rounds.push(round);
+    }
+
+    /// Rounds ended so far, listed or not.
+    pub fn rounds_ended(&self) -> u32 {
+        self.rounds.last().map_or(0, |round| round.number)
     }
 }
 

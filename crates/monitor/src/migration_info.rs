@@ -66,7 +66,7 @@ fn ram(report: &Report) -> Value {
         "normal-bytes": ram.pages.plain.saturating_mul(PAGE_SIZE),
         "dirty-pages-rate": report.dirty_bytes_per_second / PAGE_SIZE,
         "mbps": report.bandwidth_bytes_per_second as f64 * 8.0 / 1e6,
-        "dirty-sync-count": report.rounds.len(),
+        "dirty-sync-count": report.rounds_ended(),
         "page-size": PAGE_SIZE,
         "pages-per-second": pages_per_second,
         "multifd-bytes": multifd_bytes,

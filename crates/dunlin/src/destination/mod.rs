@@ -22,7 +22,7 @@ use crate::channel::{Connection, Listener, Uri};
 use crate::error::{Cause, GuestError, MigrationError, Phase, Side};
 use crate::guest::Guest;
 use crate::handover::DestinationState;
-use crate::link::{ChannelCounters, CpuTime, lock, spawn};
+use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
 use crate::parameters::{ParameterError, Parameters};
 use crate::report::{Report, Status};
 use crate::wire::{Message, SessionId};
@@ -30,11 +30,13 @@ use crate::wire::{Message, SessionId};
 /// What the session's thread hears.
 enum Event {
     /// The source said something.
-    Message(Message),
+    Message(Message, Place),
     /// Everything of a round has arrived on a channel.
-    Mark { channel: u8, round: u32 },
-    /// A connection is lost, or what came on it is wrong.
-    Lost { control: bool, cause: Cause },
+    Mark { channel: u8, round: u32, place: Place },
+    /// The connection that carried the session's messages, the one of this number, is lost, or what came on it is wrong.
+    Lost { link: u32, cause: Cause },
+    /// The same of a data channel.
+    ChannelLost(Cause),
     /// A data channel has connected and said hello.
     Data { index: u8, connection: Connection },
     /// The source has connected again.

@@ -6,29 +6,43 @@ use std::sync::mpsc::Sender;
 use super::Event;
 use super::placement::Placement;
 use crate::error::Cause;
-use crate::link::{ChannelCounters, CpuTime, FrameReceiver, LastHeard, Received, spawn};
+use crate::link::{ChannelCounters, CpuTime, FrameReceiver, LastHeard, Place, Places, Received, contain, spawn};
 use crate::wire::Message;
 
 /// What a connection carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Carries {
     /// Messages.
-    Control,
+    Control {
+        /// Which of the session's connections for messages, one after the other, it is.
+        link: u32,
+    },
     /// Pages, and marks.
     Pages {
         /// The channel's number.
         channel: u8,
     },
     /// Both; the pages are channel 0's.
-    Everything,
+    Everything {
+        /// As above.
+        link: u32,
+    },
 }
 
 impl Carries {
     fn channel(self) -> Option<u8> {
         match self {
-            Self::Control => None,
+            Self::Control { .. } => None,
             Self::Pages { channel } => Some(channel),
-            Self::Everything => Some(0),
+            Self::Everything { .. } => Some(0),
+        }
+    }
+
+    /// Whether messages come on it too.
+    fn link(self) -> Option<u32> {
+        match self {
+            Self::Control { link } | Self::Everything { link } => Some(link),
+            Self::Pages { .. } => None,
         }
     }
 }
@@ -42,6 +56,7 @@ pub(super) struct Receiving {
     pub(super) counters: Arc<ChannelCounters>,
     pub(super) heard: Arc<LastHeard>,
     pub(super) events: Sender<Event>,
+    pub(super) places: Arc<Places>,
 }
 
 impl Receiving {
@@ -52,14 +67,17 @@ impl Receiving {
             let mut meter = cpu.meter();
             let mut runs = Vec::new();
             loop {
-                let event = match self.step(&mut runs) {
+                let event = match contain("destination receiver", || self.step(&mut runs)) {
                     Ok(None) => continue,
                     Ok(Some(event)) => event,
-                    Err(cause) => Event::Lost { control: self.is_control(), cause },
+                    Err(cause) => match self.carries.link() {
+                        Some(link) => Event::Lost { link, cause },
+                        None => Event::ChannelLost(cause),
+                    },
                 };
                 // Before the event, so that whoever acts on it finds the time up to here counted.
                 meter.add();
-                let last = matches!(event, Event::Lost { .. });
+                let last = matches!(event, Event::Lost { .. } | Event::ChannelLost(_));
                 if self.events.send(event).is_err() || last {
                     return;
                 }
@@ -67,8 +85,9 @@ impl Receiving {
         })
     }
 
-    fn is_control(&self) -> bool {
-        !matches!(self.carries, Carries::Pages { .. })
+    fn place(&self) -> Result<Place, Cause> {
+        let name = || self.receiver.connection().name().to_owned();
+        self.places.take(&self.heard).ok_or_else(|| Cause::Closed { channel: name() })
     }
 
     fn step(&mut self, runs: &mut Vec<crate::wire::PageRun>) -> Result<Option<Event>, Cause> {
@@ -83,10 +102,12 @@ impl Receiving {
                 Err(Cause::Unexpected { message: "Pages", expected: "a message on the control connection" })
             }
             (Received::Message(Message::Mark(mark)), Some(channel)) => {
-                Ok(Some(Event::Mark { channel, round: mark.round }))
+                Ok(Some(Event::Mark { channel, round: mark.round, place: self.place()? }))
             }
             (Received::Message(Message::Heartbeat), _) => Ok(None),
-            (Received::Message(message), _) if self.is_control() => Ok(Some(Event::Message(message))),
+            (Received::Message(message), _) if self.carries.link().is_some() => {
+                Ok(Some(Event::Message(message, self.place()?)))
+            }
             (Received::Message(message), _) => {
                 Err(Cause::Unexpected { message: message.name(), expected: "Pages or Mark" })
             }

@@ -18,7 +18,8 @@ use crate::error::{Cause, MachineStep, Phase, Side};
 use crate::guest::Resume;
 use crate::handover::{DestinationAction, DestinationEvent, DestinationState};
 use crate::link::{
-    ChannelCounters, FrameReceiver, FrameSender, HELLO_TOTAL_BYTES, LastHeard, Pulse, SharedSender, answer_hello, lock,
+    ChannelCounters, FrameReceiver, FrameSender, HELLO_TOTAL_BYTES, LastHeard, Places, Pulse, SharedSender,
+    answer_hello, contain, lock,
 };
 use crate::machine::StateSection;
 use crate::report::{Round, Status};
@@ -43,7 +44,9 @@ pub(super) enum Outcome {
 
 /// A connection to the source that carries messages. Dropping it closes it and joins its threads.
 struct Link {
+    number: u32,
     connection: Arc<Connection>,
+    places: Arc<Places>,
     sender: SharedSender,
     pulse: Option<Pulse>,
     receiver: Option<JoinHandle<()>>,
@@ -52,6 +55,7 @@ struct Link {
 impl Drop for Link {
     fn drop(&mut self) {
         self.connection.shutdown();
+        self.places.close();
         self.pulse.take();
         if let Some(receiver) = self.receiver.take() {
             let _ = receiver.join();
@@ -59,13 +63,24 @@ impl Drop for Link {
     }
 }
 
-/// A data channel's thread.
+/// A data channel and its thread. Dropping it closes it and joins the thread.
 struct Channel {
     index: u8,
     connection: Arc<Connection>,
-    receiver: JoinHandle<()>,
+    places: Arc<Places>,
+    receiver: Option<JoinHandle<()>>,
     /// The latest round that has arrived as a whole.
     round: u32,
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        self.connection.shutdown();
+        self.places.close();
+        if let Some(receiver) = self.receiver.take() {
+            let _ = receiver.join();
+        }
+    }
 }
 
 /// A session.
@@ -77,6 +92,8 @@ pub(super) struct Session<'a> {
     events: Receiver<Event>,
     placement: Arc<Placement>,
     link: Option<Link>,
+    /// Connections for messages so far.
+    links: u32,
     /// Data channels announced by the source, once it has.
     expected: Option<u8>,
     channels: Vec<Channel>,
@@ -114,6 +131,7 @@ impl<'a> Session<'a> {
             events,
             placement: Arc::new(Placement::new(shared.guest.machine().ram())),
             link: None,
+            links: 0,
             expected: None,
             channels: Vec::new(),
             single_round: 0,
@@ -138,7 +156,7 @@ impl<'a> Session<'a> {
             self.fail(cause);
         }
         while !self.done && self.state != DestinationState::Aborted {
-            if let Err(cause) = self.step() {
+            if let Err(cause) = contain("destination session", || self.step()) {
                 self.fail(cause);
             }
             meter.add();
@@ -169,20 +187,26 @@ impl<'a> Session<'a> {
     }
 
     fn welcome(&mut self, control: Connection) -> Result<(), Cause> {
-        let carries = if self.role == Role::Single { Carries::Everything } else { Carries::Control };
         answer_hello(&control, &HelloReply::Welcome)?;
-        self.link(control, carries)
+        let link = self.links;
+        self.link(
+            control,
+            if self.role == Role::Single { Carries::Everything { link } } else { Carries::Control { link } },
+        )
     }
 
     /// Takes over a connection for messages.
     fn link(&mut self, connection: Connection, carries: Carries) -> Result<(), Cause> {
+        let number = self.links;
+        self.links = self.links.saturating_add(1);
         let timeout = lock(&self.shared.parameters).link_timeout;
         let connection = Arc::new(connection);
         connection.set_send_timeout(Some(timeout))?;
         let control = lock(&self.shared.control).clone();
         control.bytes.fetch_add(HELLO_TOTAL_BYTES, std::sync::atomic::Ordering::Relaxed);
-        let pages = if carries == Carries::Everything { self.count_channel(0) } else { control.clone() };
+        let pages = if matches!(carries, Carries::Everything { .. }) { self.count_channel(0) } else { control.clone() };
         let heard = Arc::new(LastHeard::now());
+        let places = Arc::new(Places::default());
         let sender: SharedSender = Arc::new(FrameSender::new(connection.clone(), Arc::default()).into());
         let receiving = Receiving {
             receiver: FrameReceiver::new(connection.clone(), control),
@@ -191,8 +215,9 @@ impl<'a> Session<'a> {
             counters: pages,
             heard: heard.clone(),
             events: self.to_self.clone(),
+            places: places.clone(),
         };
-        let mut link = Link { connection, sender: sender.clone(), pulse: None, receiver: None };
+        let mut link = Link { number, connection, places, sender: sender.clone(), pulse: None, receiver: None };
         link.receiver = Some(receiving.start(&self.shared.cpu)?);
         link.pulse = Some(Pulse::start(sender, heard, timeout)?);
         self.link = Some(link);
@@ -244,10 +269,12 @@ impl<'a> Session<'a> {
 
     fn on(&mut self, event: Event) -> Result<(), Cause> {
         match event {
-            Event::Message(message) => self.on_message(message),
-            Event::Mark { channel, round } => self.on_mark(channel, round),
-            Event::Lost { control: true, cause } => self.on_lost(cause),
-            Event::Lost { control: false, cause } => self.on_channel_lost(cause),
+            Event::Message(message, _place) => self.on_message(message),
+            Event::Mark { channel, round, place: _place } => self.on_mark(channel, round),
+            Event::Lost { link, cause } if self.link.as_ref().is_some_and(|l| l.number == link) => self.on_lost(cause),
+            // Another has taken its place.
+            Event::Lost { .. } => Ok(()),
+            Event::ChannelLost(cause) => self.on_channel_lost(cause),
             Event::Data { index, connection } => self.on_data(index, connection),
             Event::Again(connection) => self.on_again(connection),
             Event::Cancel if matches!(self.state, DestinationState::Starting | DestinationState::Running) => {
@@ -323,6 +350,7 @@ impl<'a> Session<'a> {
         let counters = self.count_channel(index);
         counters.bytes.fetch_add(HELLO_TOTAL_BYTES, std::sync::atomic::Ordering::Relaxed);
         let connection = Arc::new(connection);
+        let places = Arc::new(Places::default());
         let receiving = Receiving {
             receiver: FrameReceiver::new(connection.clone(), counters.clone()),
             carries: Carries::Pages { channel: index },
@@ -330,9 +358,10 @@ impl<'a> Session<'a> {
             counters,
             heard: Arc::new(LastHeard::now()),
             events: self.to_self.clone(),
+            places: places.clone(),
         };
-        let receiver = receiving.start(&self.shared.cpu)?;
-        self.channels.push(Channel { index, connection, receiver, round: 0 });
+        let receiver = Some(receiving.start(&self.shared.cpu)?);
+        self.channels.push(Channel { index, connection, places, receiver, round: 0 });
         Ok(())
     }
 
@@ -353,7 +382,7 @@ impl<'a> Session<'a> {
         report.bandwidth_bytes_per_second = round.bandwidth_bytes_per_second;
         report.dirty_bytes_per_second = round.dirty_bytes_per_second;
         report.predicted_downtime_seconds = Some(round.predicted_downtime_seconds);
-        report.rounds.push(round.clone());
+        report.push_round(round.clone());
     }
 
     fn on_section(&mut self, piece: Section) -> Result<(), Cause> {
@@ -474,7 +503,7 @@ impl<'a> Session<'a> {
         }
         // That this connection fails too changes nothing: the source comes again.
         let linked = answer_hello(&connection, &HelloReply::Welcome);
-        let _ = linked.and_then(|()| self.link(connection, Carries::Control));
+        let _ = linked.and_then(|()| self.link(connection, Carries::Control { link: self.links }));
         Ok(())
     }
 
@@ -554,6 +583,12 @@ impl<'a> Session<'a> {
 
     /// Something failed on this side.
     fn fail(&mut self, cause: Cause) {
+        if self.state == DestinationState::Starting {
+            // The machine's resume panicked: it may run or not, so this side may not say that it never will.
+            let error = self.shared.error(cause);
+            lock(&self.shared.report).error = Some((&error).into());
+            return;
+        }
         // Once the guest is here nothing that happens to a connection is a failure.
         if !matches!(self.state, DestinationState::Loading | DestinationState::Ready) {
             return;
@@ -570,10 +605,7 @@ impl<'a> Session<'a> {
             link.connection.finish(LAST_WORD);
         }
         self.link = None;
-        for channel in self.channels.drain(..) {
-            channel.connection.shutdown();
-            let _ = channel.receiver.join();
-        }
+        self.channels.clear();
         if self.state != DestinationState::Aborted {
             return Outcome::Running(self.running);
         }

@@ -1,4 +1,4 @@
-//! The convergence decision: what to do after a round. A pure function of the rounds so far.
+//! The convergence decision: what to do after a round. A pure function of the latest rounds.
 //!
 //! `downtime-limit` is a ceiling and not a target: the guest is not stopped while its downtime is predicted to be
 //! longer, and below the limit another round is made for as long as it pays.
@@ -15,6 +15,9 @@ const PATIENCE: usize = 30;
 const SAMPLE_BYTES: u64 = 32 << 20;
 /// Rounds without progress after which a migration is said not to converge.
 const STUCK_ROUNDS: usize = 3;
+
+/// Rounds that a decision looks back on.
+pub(super) const MEMORY: usize = 64;
 
 /// What a round tells.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -55,8 +58,10 @@ pub(super) struct Verdict {
     pub(super) predicted: Duration,
     /// Bytes a second, measured.
     pub(super) bandwidth: u64,
-    /// Set while rounds bring nothing: the two rates tell why.
+    /// Set while rounds bring nothing: the two rates tell why,
     pub(super) not_converging: bool,
+    /// unless the guest's RAM is not the reason: the switchover alone takes longer than the guest may be stopped.
+    pub(super) fixed_too_long: bool,
 }
 
 fn seconds(bytes: u64, rate: u64) -> f64 {
@@ -89,7 +94,7 @@ fn predict(rounds: &[RoundFigures], costs: &Costs) -> Duration {
     costs.fixed.saturating_add(duration(seconds(dirty, stopped)))
 }
 
-/// What to do after the last of `rounds`.
+/// What to do after the last of `rounds`, of which [`MEMORY`] are enough.
 pub(super) fn decide(rounds: &[RoundFigures], costs: &Costs, downtime_limit: Duration) -> Verdict {
     let bandwidth = bandwidth(rounds, costs.max_bandwidth);
     let predicted = predict(rounds, costs);
@@ -103,7 +108,9 @@ pub(super) fn decide(rounds: &[RoundFigures], costs: &Costs, downtime_limit: Dur
         (1..=rounds.len()).filter_map(|n| rounds.get(..n)).map(|r| predict(r, costs)).collect();
 
     if predicted > downtime_limit {
-        return Verdict { decision: Decision::AnotherRound, predicted, bandwidth, not_converging: stuck(&history) };
+        let fixed_too_long = costs.fixed > downtime_limit;
+        let not_converging = fixed_too_long || stuck(&history);
+        return Verdict { decision: Decision::AnotherRound, predicted, bandwidth, not_converging, fixed_too_long };
     }
     let pays = {
         let now = seconds(last.dirty_bytes, bandwidth);
@@ -118,7 +125,7 @@ pub(super) fn decide(rounds: &[RoundFigures], costs: &Costs, downtime_limit: Dur
         _ => true,
     };
     let decision = if pays && improving && below < PATIENCE { Decision::AnotherRound } else { Decision::SwitchOver };
-    Verdict { decision, predicted, bandwidth, not_converging: false }
+    Verdict { decision, predicted, bandwidth, not_converging: false, fixed_too_long: false }
 }
 
 /// Whether the latest rounds brought the predicted downtime down by less than is worth a round.
@@ -204,7 +211,9 @@ mod tests {
         assert_eq!(decide(&[round(299 * MIB)], &COSTS, LIMIT).decision, Decision::AnotherRound, "a round pays");
         assert_eq!(decide(&[round(0)], &COSTS, LIMIT).decision, Decision::SwitchOver);
         let slow = Costs { fixed: Duration::from_millis(301), ..COSTS };
-        assert_eq!(decide(&[round(0)], &slow, LIMIT).decision, Decision::AnotherRound);
+        let verdict = decide(&[round(0)], &slow, LIMIT);
+        assert_eq!(verdict.decision, Decision::AnotherRound);
+        assert!(verdict.not_converging && verdict.fixed_too_long);
     }
 
     /// A limit set below what was measured counts at once.

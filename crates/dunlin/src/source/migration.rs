@@ -13,13 +13,17 @@ use super::workers::Workers;
 use super::{Event, Shared, switchover};
 use crate::channel::Connections;
 use crate::error::{Cause, MachineStep, Phase};
-use crate::link::lock;
+use crate::link::{contain, lock};
 use crate::report::{PageCounts, Round, Status};
 use crate::units::format_size;
 use crate::wire::{Message, RoundDone, SessionId};
 
 /// Pausing, reading, loading and resuming a machine, before there is a measurement.
 const PAUSE_SAVE_LOAD_RESUME: Duration = Duration::from_millis(1);
+
+/// Pause before the next round while not the guest's writes but the switchover itself takes too long: only a change of
+/// parameters can help.
+const NOTHING_TO_GAIN: Duration = Duration::from_millis(100);
 
 /// A migration on its way.
 pub(super) struct Migration<'a> {
@@ -52,8 +56,9 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
     lock(&shared.handover).session = Some(session);
     lock(&shared.report).session = Some(session.to_string());
     let machine = shared.guest.machine().clone();
-    let tracker = machine.dirty_tracker().map_err(|source| Cause::Machine { step: MachineStep::Track, source })?;
-    let (control, channels) = match setup::agree(shared, session, events, incoming) {
+    let track = || machine.dirty_tracker().map_err(|source| Cause::Machine { step: MachineStep::Track, source });
+    let tracker = contain("source", track)?;
+    let (control, channels) = match contain("source", || setup::agree(shared, session, events, incoming)) {
         Ok(agreed) => agreed,
         Err(cause) => return switchover::fail(shared, None, cause),
     };
@@ -69,7 +74,7 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
         let single = shared.uri.connections() == Connections::Single;
         Ok((Workers::start(&common, &channels, single, events, &shared.cpu)?, common))
     };
-    let (workers, common) = match start() {
+    let (workers, common) = match contain("source", start) {
         Ok(started) => started,
         Err(cause) => return switchover::fail(shared, Some(&control), cause),
     };
@@ -87,7 +92,7 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
         moved_before: shared.transferred_bytes(),
         pages_before: PageCounts::default(),
     };
-    match migration.precopy().and_then(|round| migration.switch_over(round + 1)) {
+    match contain("source", || migration.precopy().and_then(|round| migration.switch_over(round + 1))) {
         Ok(()) => Ok(()),
         Err(cause) => {
             let Migration { control, workers, .. } = migration;
@@ -112,11 +117,25 @@ impl Migration<'_> {
             self.shared.answered_within(marked.elapsed());
             let duration = began.elapsed();
             let verdict = self.end_round(number, duration)?;
-            if verdict.decision == Decision::SwitchOver {
-                return Ok(number);
+            match verdict.decision {
+                Decision::SwitchOver => return Ok(number),
+                Decision::AnotherRound if verdict.fixed_too_long => self.idle(NOTHING_TO_GAIN, number)?,
+                Decision::AnotherRound => {}
             }
         }
         Err(Cause::Unexpected { message: "too many rounds", expected: "convergence" })
+    }
+
+    /// Lets time pass.
+    fn idle(&mut self, duration: Duration, number: u32) -> Result<(), Cause> {
+        let until = Instant::now() + duration;
+        while let Ok(event) = self.incoming.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            match self.shared.sorted(event, &self.control)? {
+                Event::Message(message, _place) => self.during_round(message, number)?,
+                Event::Worker(_) | Event::Lost(_) | Event::Cancel => {}
+            }
+        }
+        Ok(())
     }
 
     /// Sends everything that is dirty; gives when the last of it was sent.
@@ -136,7 +155,7 @@ impl Migration<'_> {
                     failed = Some(cause);
                     break;
                 }
-                Event::Message(message) => self.during_round(message, number)?,
+                Event::Message(message, _place) => self.during_round(message, number)?,
                 Event::Lost(_) | Event::Cancel => {}
             }
         }
@@ -151,10 +170,10 @@ impl Migration<'_> {
         let deadline = Instant::now() + Duration::from_secs(1);
         while let Ok(event) = self.incoming.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             match event {
-                Event::Message(Message::Abort(abort)) => return setup::aborted(&abort),
+                Event::Message(Message::Abort(abort), _) => return setup::aborted(&abort),
                 Event::Cancel => return Cause::Cancelled,
                 Event::Lost(_) => return cause,
-                Event::Message(_) | Event::Worker(_) => {}
+                Event::Message(..) | Event::Worker(_) => {}
             }
         }
         cause
@@ -189,6 +208,9 @@ impl Migration<'_> {
         let (dirty_bytes, dirty_rate) = self.common.dirty.sync()?;
         self.last_sync = began.elapsed();
         let (moved, pages) = self.moved();
+        if self.rounds.len() >= convergence::MEMORY {
+            self.rounds.remove(0);
+        }
         self.rounds.push(RoundFigures { duration, transferred_bytes: moved, dirty_bytes, dirty_rate });
         let (limit, max_bandwidth) = {
             let parameters = lock(&self.shared.parameters);
@@ -210,18 +232,26 @@ impl Migration<'_> {
             dirty_rate,
             predicted_downtime: verdict.predicted,
         };
-        self.report_round(&round, &verdict, limit);
+        self.report_round(&round, &verdict, fixed, limit);
         self.control.send(&Message::RoundDone(round))?;
         Ok(verdict)
     }
 
-    fn report_round(&self, round: &RoundDone, verdict: &Verdict, limit: Duration) {
+    fn report_round(&self, round: &RoundDone, verdict: &Verdict, fixed: Duration, limit: Duration) {
         let mut report = lock(&self.shared.report);
-        report.rounds.push(Round::from(round));
+        report.push_round(Round::from(round));
         report.bandwidth_bytes_per_second = round.bandwidth;
         report.dirty_bytes_per_second = round.dirty_rate;
         report.predicted_downtime_seconds = Some(round.predicted_downtime.as_secs_f64());
         report.not_converging = verdict.not_converging.then(|| {
+            if verdict.fixed_too_long {
+                return format!(
+                    "stopping the guest here and starting it there takes about {:.0} ms on this link by itself, where \
+                     {:.0} ms are allowed; raise downtime-limit",
+                    fixed.as_secs_f64() * 1e3,
+                    limit.as_secs_f64() * 1e3,
+                );
+            }
             format!(
                 "the guest dirties {}/s while {}/s can be sent; after each round {} are dirty again, which would stop \
                  it for {:.0} ms where {:.0} ms are allowed; raise max-bandwidth or downtime-limit, or slow the guest",

@@ -24,7 +24,7 @@ use crate::channel::{Connection, Uri};
 use crate::error::{Cause, GuestError, MigrationError, Phase, Side};
 use crate::guest::{Guest, Resume};
 use crate::handover::SourceState;
-use crate::link::{ChannelCounters, CpuTime, lock, spawn};
+use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
 use crate::parameters::{ParameterError, Parameters};
 use crate::report::{Report, Status};
 use crate::wire::{Message, Offer, SessionId};
@@ -37,7 +37,7 @@ enum Event {
     /// A worker has ended its round.
     Worker(Result<Instant, Cause>),
     /// The destination said something.
-    Message(Message),
+    Message(Message, Place),
     /// The control connection is lost.
     Lost(Cause),
     /// Somebody asked for an end.
@@ -107,7 +107,7 @@ impl Shared {
     /// The next message of the destination; everything else is an error.
     fn next_message(&self, incoming: &Receiver<Event>, control: &Control) -> Result<Message, Cause> {
         match self.next_event(incoming, control)? {
-            Event::Message(message) => Ok(message),
+            Event::Message(message, _) => Ok(message),
             _ => Err(Cause::Unexpected { message: "a worker's answer", expected: "a message" }),
         }
     }
@@ -115,10 +115,17 @@ impl Shared {
     /// The next event, with the ones that end a migration turned into errors.
     fn next_event(&self, incoming: &Receiver<Event>, control: &Control) -> Result<Event, Cause> {
         match incoming.recv() {
-            Ok(Event::Lost(cause)) => Err(self.lost(control, cause)),
-            Ok(Event::Cancel) => Err(Cause::Cancelled),
-            Ok(event) => Ok(event),
+            Ok(event) => self.sorted(event, control),
             Err(_) => Err(Cause::Thread { thread: "source reader", what: "ended".into() }),
+        }
+    }
+
+    /// Turns an event that ends a migration into an error.
+    fn sorted(&self, event: Event, control: &Control) -> Result<Event, Cause> {
+        match event {
+            Event::Lost(cause) => Err(self.lost(control, cause)),
+            Event::Cancel => Err(Cause::Cancelled),
+            event => Ok(event),
         }
     }
 

@@ -9,8 +9,8 @@ use super::{Event, Shared};
 use crate::channel::{Connection, Connections};
 use crate::error::{Cause, Side};
 use crate::link::{
-    ChannelCounters, FrameReceiver, FrameSender, HELLO_TOTAL_BYTES, LastHeard, Pulse, SharedSender, lock, say_hello,
-    spawn,
+    ChannelCounters, FrameReceiver, FrameSender, HELLO_TOTAL_BYTES, LastHeard, Places, Pulse, SharedSender, lock,
+    say_hello, spawn,
 };
 use crate::page;
 use crate::wire::{AbortReason, Feature, Message, Role, SessionId, Start};
@@ -25,6 +25,7 @@ pub(super) struct DataChannel {
 pub(super) struct Control {
     pub(super) sender: SharedSender,
     connection: Arc<Connection>,
+    places: Arc<Places>,
     pulse: Option<Pulse>,
     reader: Option<std::thread::JoinHandle<()>>,
 }
@@ -44,6 +45,8 @@ impl Control {
         let pulse = Pulse::start(sender.clone(), heard.clone(), timeout)?;
         let mut receiver = FrameReceiver::new(connection.clone(), Arc::default());
         let cpu = shared.cpu.clone();
+        let places = Arc::new(Places::default());
+        let queue = places.clone();
         let reader = spawn("source reader", move || {
             let _meter = cpu.meter();
             loop {
@@ -51,7 +54,10 @@ impl Control {
                 heard.touch();
                 let event = match message {
                     Ok(Message::Heartbeat) => continue,
-                    Ok(message) => Event::Message(message),
+                    Ok(message) => match queue.take(&heard) {
+                        Some(place) => Event::Message(message, place),
+                        None => return,
+                    },
                     Err(cause) => Event::Lost(cause),
                 };
                 let last = matches!(event, Event::Lost(_));
@@ -60,7 +66,7 @@ impl Control {
                 }
             }
         })?;
-        Ok(Self { sender, connection, pulse: Some(pulse), reader: Some(reader) })
+        Ok(Self { sender, connection, places, pulse: Some(pulse), reader: Some(reader) })
     }
 
     pub(super) fn send(&self, message: &Message) -> Result<(), Cause> {
@@ -80,6 +86,7 @@ impl Control {
 impl Drop for Control {
     fn drop(&mut self) {
         self.connection.shutdown();
+        self.places.close();
         self.pulse.take();
         if let Some(reader) = self.reader.take() {
             let _ = reader.join();

@@ -15,7 +15,9 @@ use crate::handover::{SourceAction, SourceEvent, SourceState};
 use crate::link::{FrameReceiver, FrameSender, lock};
 use crate::machine::StateSection;
 use crate::report::{DowntimeParts, Round, Status};
-use crate::wire::{Abort, AbortReason, Done, MAX_DEVICE_STATE_BYTES, Message, Offer, Role, RoundDone, Section};
+use crate::wire::{
+    Abort, AbortReason, Done, MAX_DEVICE_STATE_BYTES, MAX_NAME_BYTES, Message, Offer, Role, RoundDone, Section,
+};
 
 /// Bytes of device state in one message.
 const PIECE_BYTES: usize = 1 << 20;
@@ -159,7 +161,7 @@ impl Migration<'_> {
             dirty_rate,
             predicted_downtime: Duration::try_from_secs_f64(predicted_downtime).unwrap_or_default(),
         };
-        lock(&self.shared.report).rounds.push(Round::from(&round));
+        lock(&self.shared.report).push_round(Round::from(&round));
         self.control.send(&Message::RoundDone(round))
     }
 
@@ -171,6 +173,10 @@ impl Migration<'_> {
             return Err(Cause::DeviceStateTooLarge { limit_bytes: MAX_DEVICE_STATE_BYTES });
         }
         lock(&self.shared.report).device_state_bytes = total;
+        if let Some(section) = sections.iter().find(|section| section.name.len() > MAX_NAME_BYTES) {
+            let source = format!("the name of section {} is longer than {MAX_NAME_BYTES} bytes", section.name).into();
+            return Err(Cause::Machine { step: MachineStep::Save, source });
+        }
         let count = sections.len() as u32;
         for section in sections {
             self.send_section(&section)?;
@@ -212,7 +218,7 @@ impl Migration<'_> {
     fn await_running(&self) -> Result<(), Cause> {
         loop {
             let message = match self.incoming.recv() {
-                Ok(Event::Message(message)) => message,
+                Ok(Event::Message(message, _)) => message,
                 Ok(Event::Cancel) if !self.shared.abandoned.load(Ordering::Acquire) => continue,
                 Ok(Event::Worker(_)) => continue,
                 Ok(Event::Lost(cause)) => return Err(self.shared.lost(&self.control, cause)),

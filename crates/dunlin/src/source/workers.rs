@@ -11,7 +11,7 @@ use super::setup::DataChannel;
 use super::worker::{Common, Frame, Worker};
 use crate::channel::Connection;
 use crate::error::Cause;
-use crate::link::{CpuTime, lock, spawn};
+use crate::link::{CpuTime, contain, lock, spawn};
 
 /// How long a worker that shares its connection with the control messages may take to notice that it should stop,
 /// before the connection is cut under it.
@@ -57,7 +57,7 @@ impl Workers {
             workers.threads.push(spawn("source worker", move || {
                 let mut meter = cpu.meter();
                 for round in wanted {
-                    let result = worker.round(round);
+                    let result = contain("source worker", || worker.round(round));
                     meter.add();
                     if events.send(Event::Worker(result)).is_err() {
                         return;

@@ -1,6 +1,6 @@
 //! Little-endian numbers, byte strings and names, with every read checked.
 
-use super::WireError;
+use super::{MAX_NAME_BYTES, WireError};
 
 /// Appends values to a byte vector.
 #[derive(Debug, Default)]
@@ -21,7 +21,7 @@ impl Writer {
     }
     /// A name: a length byte and at most 255 bytes; a longer one is cut at a character.
     pub(super) fn name(&mut self, name: &str) {
-        let name = cut(name, usize::from(u8::MAX));
+        let name = cut(name, MAX_NAME_BYTES);
         self.u8(name.len() as u8);
         self.0.extend(name.as_bytes());
     }

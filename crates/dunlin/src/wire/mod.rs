@@ -23,6 +23,9 @@ pub(crate) use pages::{ENTRY_BYTES, MAX_ENTRIES, PageRun, decode_runs, encode_ru
 /// The most device state that a migration may carry.
 pub(crate) const MAX_DEVICE_STATE_BYTES: u64 = 256 << 20;
 
+/// The longest name of a section, block or feature.
+pub(crate) const MAX_NAME_BYTES: usize = u8::MAX as usize;
+
 /// The version this crate speaks.
 pub(crate) const VERSION: u16 = 1;
 
