@@ -1,7 +1,7 @@
 //! What goes wrong between two processes: a cancel, a killed source, a killed destination, a cut connection, at random
 //! moments and at every step of the handover. Never do two guests run, and where a guest lives it is right.
 //!
-//! * `DUNLIN_TEST_RUNS`: random moments for each fault, 8 by default (the figure is 50). Every step of the
+//! * `DUNLIN_TEST_RUNS`: random moments for each fault, 8 by default; 50 make a thorough run. Every step of the
 //!   handover comes once besides.
 //! * `DUNLIN_TEST_SEED`: of the random moments; printed.
 //!

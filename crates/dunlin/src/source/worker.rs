@@ -84,6 +84,8 @@ pub(super) struct Worker {
     pub(super) sender: SharedSender,
     pub(super) counters: Arc<ChannelCounters>,
     pub(super) frame: Frame,
+    /// Of the range at hand, what is not a hole.
+    pub(super) parts: Vec<Range<u64>>,
 }
 
 /// A Pages frame in the making.
@@ -166,19 +168,20 @@ impl Worker {
     /// In the first round much of a machine's RAM may never have been touched. What the file behind it has as a hole
     /// is zero, and reading it would make the host allocate it.
     fn skip_holes(&mut self, index: u16, block: &RamBlock, bytes: Range<u64>) -> Result<(), Cause> {
+        let mut parts = std::mem::take(&mut self.parts);
+        block.data_in(bytes.clone(), &mut parts);
         let mut at = bytes.start;
-        while at < bytes.end {
-            // Holes of a memfd begin and end at page boundaries; should one not, its page counts as data.
-            let data = block.next_data(at).unwrap_or(bytes.end..bytes.end);
-            let start = (data.start / PAGE_SIZE * PAGE_SIZE).clamp(at, bytes.end);
-            let end = data.end.div_ceil(PAGE_SIZE).saturating_mul(PAGE_SIZE);
-            let end = end.max(start.saturating_add(PAGE_SIZE)).min(bytes.end);
-            if start > at {
-                self.push(index, PageKind::Zero, at, start - at, 0)?;
+        for part in &parts {
+            if part.start > at {
+                self.push(index, PageKind::Zero, at, part.start - at, 0)?;
             }
-            self.run(index, block, start..end)?;
-            at = end;
+            self.run(index, block, part.clone())?;
+            at = part.end;
         }
+        if bytes.end > at {
+            self.push(index, PageKind::Zero, at, bytes.end - at, 0)?;
+        }
+        self.parts = parts;
         Ok(())
     }
 

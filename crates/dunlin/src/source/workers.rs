@@ -50,6 +50,7 @@ impl Workers {
                 sender: channel.sender.clone(),
                 counters: channel.counters.clone(),
                 frame: Frame::default(),
+                parts: Vec::new(),
             };
             workers.connections.push(lock(&channel.sender).connection().clone());
             let (rounds, wanted) = mpsc::channel();
