@@ -106,8 +106,8 @@ fn allowed(fault: Fault, moment: Moment) -> &'static [Found] {
         };
     };
     match (fault, frame, when) {
-        (CancelAtSource, Offer, _) | (CancelAtSource, Ready, Before) => &[SourceRuns],
-        (CancelAtSource, Ready, After) => &[SourceRuns, DestinationRuns],
+        (CancelAtSource, Offer | Ready, Before) => &[SourceRuns],
+        (CancelAtSource, Offer | Ready, After) => &[SourceRuns, DestinationRuns],
         (CancelAtSource, ..) => &[DestinationRuns],
 
         (CancelAtDestination, Offer, Before) => &[SourceRuns],

@@ -244,11 +244,11 @@ impl RamBlock {
     }
 
     /// Makes the pages of `range` (bytes, page-aligned) present and writable in one call. Touching them one by
-    /// one costs twenty times as much.
+    /// one costs several times as much.
     ///
     /// # Errors
     /// [`MemoryError::Kernel`]; kernels before 5.14 do not have it.
-    pub(crate) fn populate(&self, range: Range<u64>) -> Result<(), MemoryError> {
+    pub fn populate(&self, range: Range<u64>) -> Result<(), MemoryError> {
         self.advise(range, Advice::LinuxPopulateWrite, "populate pages (madvise MADV_POPULATE_WRITE)")
     }
 

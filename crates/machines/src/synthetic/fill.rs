@@ -125,8 +125,14 @@ pub(super) fn fill(block: &RamBlock, fill: &Fill, seed: u64) -> Result<(), Synth
 
 fn fill_range(block: &RamBlock, fill: &Fill, seed: u64, range: std::ops::Range<u64>) -> Result<(), MemoryError> {
     let mut page = [0; PAGE_BYTES];
-    for number in range {
-        if fill.kind(seed, number) != Kind::Zero {
+    for group in range.clone().step_by(GROUP_PAGES as usize) {
+        if fill.kind(seed, group) == Kind::Zero {
+            continue;
+        }
+        let end = (group + GROUP_PAGES).min(range.end);
+        // Only quicker: where the kernel cannot do it, the pages come one by one.
+        let _ = block.populate(group * PAGE_BYTES as u64..end * PAGE_BYTES as u64);
+        for number in group..end {
             fill.page(seed, number, &mut page);
             block.write(number * PAGE_BYTES as u64, &page)?;
         }
