@@ -6,6 +6,8 @@
 
 mod acceptor;
 mod compatibility;
+mod device_state;
+mod links;
 mod placement;
 mod receive;
 mod session;

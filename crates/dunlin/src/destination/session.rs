@@ -6,10 +6,11 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::compatibility;
+use super::device_state::DeviceState;
+use super::links::{Channel, Link};
 use super::placement::Placement;
 use super::receive::{Carries, Receiving};
 use super::{Event, Shared};
@@ -21,12 +22,8 @@ use crate::link::{
     ChannelCounters, FrameReceiver, FrameSender, HELLO_TOTAL_BYTES, LastHeard, Places, Pulse, SharedSender,
     answer_hello, contain, lock,
 };
-use crate::machine::StateSection;
 use crate::report::{Round, Status};
-use crate::wire::{
-    Abort, AbortReason, HelloReply, MAX_DEVICE_STATE_BYTES, MarkAck, Message, Offer, Role, Running, Section, SessionId,
-    Start,
-};
+use crate::wire::{Abort, AbortReason, HelloReply, MarkAck, Message, Offer, Role, Running, Section, SessionId, Start};
 
 /// How long after a lost data channel the source's reason may take on the control connection.
 const REASON: Duration = Duration::from_secs(1);
@@ -40,47 +37,6 @@ pub(super) enum Outcome {
     Running(Running),
     /// It will never run here.
     Aborted(Abort),
-}
-
-/// A connection to the source that carries messages. Dropping it closes it and joins its threads.
-struct Link {
-    number: u32,
-    connection: Arc<Connection>,
-    places: Arc<Places>,
-    sender: SharedSender,
-    pulse: Option<Pulse>,
-    receiver: Option<JoinHandle<()>>,
-}
-
-impl Drop for Link {
-    fn drop(&mut self) {
-        self.connection.shutdown();
-        self.places.close();
-        self.pulse.take();
-        if let Some(receiver) = self.receiver.take() {
-            let _ = receiver.join();
-        }
-    }
-}
-
-/// A data channel and its thread. Dropping it closes it and joins the thread.
-struct Channel {
-    index: u8,
-    connection: Arc<Connection>,
-    places: Arc<Places>,
-    receiver: Option<JoinHandle<()>>,
-    /// The latest round that has arrived as a whole.
-    round: u32,
-}
-
-impl Drop for Channel {
-    fn drop(&mut self) {
-        self.connection.shutdown();
-        self.places.close();
-        if let Some(receiver) = self.receiver.take() {
-            let _ = receiver.join();
-        }
-    }
 }
 
 /// A session.
@@ -101,9 +57,7 @@ pub(super) struct Session<'a> {
     single_round: u32,
     /// Until when all channels must have connected.
     channels_due: Instant,
-    sections: Vec<StateSection>,
-    section_bytes: u64,
-    incomplete: Option<StateSection>,
+    device_state: DeviceState,
     offer: Option<Offer>,
     state: DestinationState,
     running: Running,
@@ -136,9 +90,7 @@ impl<'a> Session<'a> {
             channels: Vec::new(),
             single_round: 0,
             channels_due: Instant::now() + link_timeout,
-            sections: Vec::new(),
-            section_bytes: 0,
-            incomplete: None,
+            device_state: DeviceState::default(),
             offer: None,
             state: DestinationState::Loading,
             running: Running { load: Duration::ZERO, resume: Duration::ZERO, cpu: Duration::ZERO },
@@ -386,33 +338,9 @@ impl<'a> Session<'a> {
     }
 
     fn on_section(&mut self, piece: Section) -> Result<(), Cause> {
-        let too_large = Cause::DeviceStateTooLarge { limit_bytes: MAX_DEVICE_STATE_BYTES };
-        self.section_bytes = self.section_bytes.saturating_add(piece.piece.len() as u64);
-        if piece.total_bytes > MAX_DEVICE_STATE_BYTES || self.section_bytes > MAX_DEVICE_STATE_BYTES {
-            return Err(too_large);
-        }
-        let mut section = match self.incomplete.take() {
-            None => StateSection {
-                name: piece.name.clone(),
-                instance: piece.instance,
-                version: piece.version,
-                data: Vec::new(),
-            },
-            Some(begun) if (&begun.name, begun.instance) == (&piece.name, piece.instance) => begun,
-            Some(_) => return Err(Cause::Unexpected { message: "Section", expected: "the rest of another section" }),
-        };
-        section.data.extend_from_slice(&piece.piece);
-        match (section.data.len() as u64).cmp(&piece.total_bytes) {
-            std::cmp::Ordering::Less => self.incomplete = Some(section),
-            std::cmp::Ordering::Equal => self.sections.push(section),
-            std::cmp::Ordering::Greater => return Err(too_large),
-        }
-        // As many empty sections as there can be messages would have no bound otherwise.
-        if self.sections.len() > 65_536 {
-            return Err(Cause::DeviceStateTooLarge { limit_bytes: MAX_DEVICE_STATE_BYTES });
-        }
+        self.device_state.add(piece)?;
         self.shared.set_status(Phase::Switchover, Status::Device);
-        lock(&self.shared.report).device_state_bytes = self.section_bytes;
+        lock(&self.shared.report).device_state_bytes = self.device_state.bytes();
         Ok(())
     }
 
@@ -442,16 +370,7 @@ impl<'a> Session<'a> {
                 ),
             });
         }
-        let sections = std::mem::take(&mut self.sections);
-        if sections.len() as u64 != u64::from(offer.sections) || self.incomplete.is_some() {
-            return Err(Cause::Incompatible {
-                reason: format!(
-                    "the source sent {} sections of device state, {} arrived",
-                    offer.sections,
-                    sections.len()
-                ),
-            });
-        }
+        let sections = self.device_state.take(offer.sections)?;
         let machine = self.shared.guest.machine();
         machine.load(sections).map_err(|source| Cause::Machine { step: MachineStep::Load, source })?;
         self.running.load = began.elapsed();
