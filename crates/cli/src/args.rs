@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use dunlin::parameters::ParameterInfo;
 use dunlin::units::{self, QuantityError};
 use dunlin::{Parameters, Uri, UriError};
-use dunlin_machines::{Fill, Workload};
+use dunlin_machines::{Backing, Fill, Workload};
 use dunlin_monitor::parse_address;
 
 /// Live migration for virtual machines.
@@ -58,6 +58,9 @@ pub struct Demo {
     /// What RAM holds at first, in percent.
     #[arg(long, value_name = "MIX", default_value = DEFAULT_FILL, value_parser = fill)]
     pub fill: Fill,
+    /// The host's pages that RAM is made of, in both processes: 4K, or 2M or 1G from the host's pool of huge pages.
+    #[arg(long, value_name = "SIZE", default_value_t = Backing::Base)]
+    pub hugepages: Backing,
     /// How the two are connected.
     #[arg(long, value_enum, default_value_t = Transport::Tcp)]
     pub transport: Transport,
@@ -93,6 +96,10 @@ pub struct Run {
     /// What RAM holds at first, in percent [default: zero:50,random:30,text:20]. Comes with the guest if it comes in.
     #[arg(long, value_name = "MIX", value_parser = fill)]
     pub fill: Option<Fill>,
+    /// The host's pages that RAM is made of: 4K, or 2M or 1G from the host's pool of huge pages. The other side's may
+    /// differ.
+    #[arg(long, value_name = "SIZE", default_value_t = Backing::Base)]
+    pub hugepages: Backing,
     /// Seed of everything random in the guest.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
@@ -176,7 +183,7 @@ pub struct ListParameters {
 #[derive(Debug, Clone, Copy)]
 pub struct Setting {
     pub info: &'static ParameterInfo,
-    pub number: u64,
+    pub number: i64,
 }
 
 fn size(text: &str) -> Result<u64, QuantityError> {

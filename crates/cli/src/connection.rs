@@ -44,8 +44,10 @@ pub fn report(client: &mut Client) -> Result<Option<(Value, Report)>> {
 
 /// Sets parameters.
 pub fn set<'a>(client: &mut Client, settings: impl IntoIterator<Item = &'a Setting>) -> Result<()> {
-    let arguments: Map<String, Value> =
-        settings.into_iter().map(|setting| (setting.info.name.to_owned(), setting.number.into())).collect();
+    let mut arguments = Map::new();
+    for Setting { info, number } in settings {
+        arguments.insert(info.name.to_owned(), serde_json::to_value(info.value(*number))?);
+    }
     if !arguments.is_empty() {
         client
             .execute("migrate-set-parameters", arguments.into())

@@ -77,7 +77,8 @@ fn with_ending(error: anyhow::Error, machines: [&mut Machine; 2]) -> anyhow::Err
 }
 
 fn common_arguments(args: &Demo) -> Vec<String> {
-    vec!["--memory".to_owned(), args.memory.to_string(), "--vcpus".to_owned(), args.vcpus.to_string()]
+    let (memory, vcpus, hugepages) = (args.memory.to_string(), args.vcpus.to_string(), args.hugepages.to_string());
+    ["--memory", &memory, "--vcpus", &vcpus, "--hugepages", &hugepages].map(str::to_owned).to_vec()
 }
 
 /// It is told where to listen when it knows its parameters.

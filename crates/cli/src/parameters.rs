@@ -27,7 +27,8 @@ fn list() -> Value {
             "name": info.name,
             "type": info.type_name(),
             "unit": info.unit.name(),
-            "default": info.default,
+            "default": info.value(info.default),
+            "range": info.range(),
             "minimum": info.minimum,
             "maximum": info.maximum,
             "side": info.applies.to_string(),
@@ -43,10 +44,6 @@ fn listing() -> String {
     let rows: Vec<Vec<String>> = PARAMETERS
         .iter()
         .map(|info| {
-            let range = match info.maximum {
-                u64::MAX => format!("{} or more", info.minimum),
-                maximum => format!("{} to {maximum}", info.minimum),
-            };
             let mut help = info.help.to_owned();
             if !info.conflicts.is_empty() {
                 help.push_str(&format!(" Not together with {}.", info.conflicts.join(", ")));
@@ -55,8 +52,8 @@ fn listing() -> String {
                 info.name.to_owned(),
                 info.type_name().to_owned(),
                 info.unit.name().to_owned(),
-                info.default.to_string(),
-                range,
+                info.value(info.default).to_string(),
+                info.range(),
                 info.applies.to_string(),
                 if is_live(info) { "yes" } else { "no" }.to_owned(),
                 help,

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use dunlin::report::{ChannelReport, DeltaCounts, PageCounts, Round};
 use dunlin::units::format_size;
 use dunlin::{Report, Status};
 
@@ -30,7 +31,13 @@ pub fn report(report: &Report) -> String {
     let ram = &report.ram;
     line("RAM", format!("{}, of it {} to go", format_size(ram.total_bytes), format_size(ram.remaining_bytes)));
     line("transferred", format_size(ram.transferred_bytes));
-    line("pages", format!("{} zero, {} plain", ram.pages.zero, ram.pages.plain));
+    line("pages", ram.pages.to_string());
+    let delta = &report.delta;
+    if *delta != DeltaCounts::default() {
+        let saved = format_size(delta.saved_bytes);
+        let DeltaCounts { hits, misses, overflows, .. } = delta;
+        line("delta", format!("{hits} hits, {misses} misses, {overflows} overflows, {saved} saved"));
+    }
     line("device state", format_size(report.device_state_bytes));
     line("bandwidth", format!("{}/s", format_size(report.bandwidth_bytes_per_second)));
     line("dirty rate", format!("{}/s", format_size(report.dirty_bytes_per_second)));
@@ -83,50 +90,58 @@ fn downtime(report: &Report) -> String {
     text
 }
 
+/// The kinds of pages that a column is worth.
+fn kinds(report: &Report) -> Vec<&'static str> {
+    let all = report.ram.pages.named().into_iter();
+    all.filter(|(name, count)| *count > 0 || matches!(*name, "zero" | "plain")).map(|(name, _)| name).collect()
+}
+
+fn counts(pages: &PageCounts, kinds: &[&str]) -> Vec<String> {
+    let named = pages.named();
+    let count = |kind: &&str| named.iter().find(|(name, _)| name == kind).map_or(0, |(_, count)| *count);
+    kinds.iter().map(|kind| count(kind).to_string()).collect()
+}
+
 fn rounds(report: &Report) -> String {
     if report.rounds.is_empty() {
         return String::new();
     }
-    const HEADER: [&str; 9] =
-        ["round", "time", "RAM", "transferred", "zero", "plain", "dirty after", "dirtied/s", "downtime"];
-    let rows: Vec<Vec<String>> = report
-        .rounds
-        .iter()
-        .map(|round| {
-            vec![
-                round.number.to_string(),
-                seconds(round.seconds),
-                format_size(round.ram_bytes),
-                format_size(round.transferred_bytes),
-                round.pages.zero.to_string(),
-                round.pages.plain.to_string(),
-                format_size(round.dirty_bytes),
-                format_size(round.dirty_bytes_per_second),
-                seconds(round.predicted_downtime_seconds),
-            ]
-        })
-        .collect();
-    table(Align::Right, &HEADER, &rows)
+    let kinds = kinds(report);
+    let row = |round: &Round| {
+        let mut row = vec![
+            round.number.to_string(),
+            seconds(round.seconds),
+            format_size(round.ram_bytes),
+            format_size(round.transferred_bytes),
+        ];
+        row.extend(counts(&round.pages, &kinds));
+        row.extend([
+            format_size(round.dirty_bytes),
+            format_size(round.dirty_bytes_per_second),
+            seconds(round.predicted_downtime_seconds),
+        ]);
+        row
+    };
+    let mut header = vec!["round", "time", "RAM", "transferred"];
+    header.extend(&kinds);
+    header.extend(["dirty after", "dirtied/s", "downtime"]);
+    table(Align::Right, &header, &report.rounds.iter().map(row).collect::<Vec<_>>())
 }
 
 fn channels(report: &Report) -> String {
     if report.channels.is_empty() {
         return String::new();
     }
-    let rows: Vec<Vec<String>> = report
-        .channels
-        .iter()
-        .map(|channel| {
-            vec![
-                channel.index.to_string(),
-                format_size(channel.transferred_bytes),
-                channel.frames.to_string(),
-                channel.pages.zero.to_string(),
-                channel.pages.plain.to_string(),
-            ]
-        })
-        .collect();
-    table(Align::Right, &["channel", "transferred", "frames", "zero", "plain"], &rows)
+    let kinds = kinds(report);
+    let row = |channel: &ChannelReport| {
+        let mut row =
+            vec![channel.index.to_string(), format_size(channel.transferred_bytes), channel.frames.to_string()];
+        row.extend(counts(&channel.pages, &kinds));
+        row
+    };
+    let mut header = vec!["channel", "transferred", "frames"];
+    header.extend(&kinds);
+    table(Align::Right, &header, &report.channels.iter().map(row).collect::<Vec<_>>())
 }
 
 /// A time span for people: `12.3 ms`, `4.56 s`, `2 min 5 s`.
@@ -189,7 +204,7 @@ pub fn table(align: Align, header: &[&str], rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use dunlin::error::Phase;
-    use dunlin::report::{ChannelReport, DowntimeParts, ErrorReport, PageCounts, RamReport, Round};
+    use dunlin::report::{DowntimeParts, ErrorReport, RamReport};
     use dunlin::{GuestPlace, Side};
 
     use super::*;
@@ -207,7 +222,7 @@ mod tests {
             total_bytes: 1 << 30,
             remaining_bytes: 0,
             transferred_bytes: 700 << 20,
-            pages: PageCounts { zero: 120_000, plain: 213_000 },
+            pages: PageCounts { zero: 120_000, plain: 213_000, ..PageCounts::default() },
         };
         report.cpu_seconds.source = Some(1.25);
         report.rounds = (1..=2)
@@ -216,7 +231,7 @@ mod tests {
                 seconds: 0.5,
                 ram_bytes: 1 << 30,
                 transferred_bytes: 350 << 20,
-                pages: PageCounts { zero: 1, plain: 2 },
+                pages: PageCounts { zero: 1, plain: 2, ..PageCounts::default() },
                 dirty_bytes: 4096,
                 bandwidth_bytes_per_second: 1,
                 dirty_bytes_per_second: 2,

@@ -78,7 +78,7 @@ fn make(args: &Run) -> Result<Arc<Vm>> {
         if args.workload.is_some() || args.fill.is_some() {
             terminal::note("--workload and --fill say nothing here: they come with the guest");
         }
-        let machine = SyntheticMachine::empty(args.memory, args.vcpus).with_context(failed)?;
+        let machine = SyntheticMachine::empty(args.memory, args.vcpus, args.hugepages).with_context(failed)?;
         (Arc::clone(&machine), Guest::awaited(machine))
     } else {
         let machine = SyntheticMachine::new(&SyntheticConfig {
@@ -87,6 +87,7 @@ fn make(args: &Run) -> Result<Arc<Vm>> {
             workload: args.workload().map_err(|error| anyhow!(error))?,
             fill: args.fill().map_err(|error| anyhow!(error))?,
             seed: args.seed,
+            backing: args.hugepages,
         })
         .with_context(failed)?;
         (Arc::clone(&machine), Guest::new(machine))

@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 
 use crate::channel::Connection;
 use crate::error::Cause;
-use crate::report::{ChannelReport, PageCounts};
+use crate::memory::PAGE_SIZE;
+use crate::page::PageKind;
+use crate::report::{ChannelReport, DeltaCounts, PageCounts};
 use crate::wire::{
     FrameHeader, FrameType, HEADER_BYTES, HELLO_BYTES, Hello, HelloReply, Message, PageRun, REPLY_BYTES, Role,
     SessionId, WireError, data_checksum, decode_runs, table_checksum,
@@ -24,13 +26,21 @@ use crate::wire::{
 pub(crate) struct ChannelCounters {
     pub(crate) bytes: AtomicU64,
     pub(crate) frames: AtomicU64,
-    pub(crate) zero_pages: AtomicU64,
-    pub(crate) plain_pages: AtomicU64,
+    pages: [AtomicU64; PageKind::COUNT],
+    /// What `delta` did up to the last round.
+    pub(crate) delta: Mutex<DeltaCounts>,
 }
 
 impl ChannelCounters {
     pub(crate) fn pages(&self) -> PageCounts {
-        PageCounts { zero: self.zero_pages.load(Ordering::Acquire), plain: self.plain_pages.load(Ordering::Acquire) }
+        PageCounts::from_array(self.pages.each_ref().map(|count| count.load(Ordering::Acquire)))
+    }
+
+    /// Counts the pages in `length` bytes of RAM.
+    pub(crate) fn count(&self, kind: PageKind, length: u64) {
+        if let Some(count) = self.pages.get(usize::from(kind.number())) {
+            count.fetch_add(length / PAGE_SIZE, Ordering::Release);
+        }
     }
 
     pub(crate) fn report(&self, index: u8) -> ChannelReport {
@@ -71,15 +81,22 @@ impl FrameSender {
 
     /// Sends a control message.
     pub(crate) fn send(&mut self, message: &Message) -> Result<(), Cause> {
-        self.send_frame(message.frame_type(), &[], &message.encode())
+        let body = message.encode();
+        self.send_frame(message.frame_type(), &[], &body, data_checksum(&body))
     }
 
-    /// Sends a frame of pages: a table of runs and their encodings.
-    pub(crate) fn send_pages(&mut self, table: &[u8], data: &[u8]) -> Result<(), Cause> {
-        self.send_frame(FrameType::Pages, table, data)
+    /// Sends a frame of pages: a table of runs, their encodings, and the checksum of the pages themselves.
+    pub(crate) fn send_pages(&mut self, table: &[u8], data: &[u8], checksum: u64) -> Result<(), Cause> {
+        self.send_frame(FrameType::Pages, table, data, checksum)
     }
 
-    fn send_frame(&mut self, frame_type: FrameType, table: &[u8], data: &[u8]) -> Result<(), Cause> {
+    fn send_frame(
+        &mut self,
+        frame_type: FrameType,
+        table: &[u8],
+        data: &[u8],
+        data_checksum: u64,
+    ) -> Result<(), Cause> {
         if self.broken {
             return Err(Cause::Closed { channel: self.connection.name().to_owned() });
         }
@@ -89,7 +106,7 @@ impl FrameSender {
             table_length: table.len() as u32,
             data_length: data.len() as u32,
             table_checksum: table_checksum(table),
-            data_checksum: data_checksum(data),
+            data_checksum,
         };
         let header = header.encode();
         let mut pieces = [IoSlice::new(&header), IoSlice::new(table), IoSlice::new(data)];

@@ -14,10 +14,16 @@ use crate::units::{self, QuantityError};
 pub enum Unit {
     /// Bytes a second; 0 where the range allows it means unlimited.
     BytesPerSecond,
+    /// Bytes.
+    Bytes,
     /// Milliseconds.
     Milliseconds,
     /// A plain count.
     Count,
+    /// Off or on.
+    Switch,
+    /// One of these, by its place.
+    Choice(&'static [&'static str]),
 }
 
 impl Unit {
@@ -25,8 +31,10 @@ impl Unit {
     pub fn name(self) -> &'static str {
         match self {
             Self::BytesPerSecond => "bytes/s",
+            Self::Bytes => "bytes",
             Self::Milliseconds => "ms",
             Self::Count => "count",
+            Self::Switch | Self::Choice(_) => "",
         }
     }
 }
@@ -69,11 +77,11 @@ pub struct ParameterInfo {
     /// What its number counts.
     pub unit: Unit,
     /// The default, in that unit.
-    pub default: u64,
+    pub default: i64,
     /// The smallest allowed value.
-    pub minimum: u64,
+    pub minimum: i64,
     /// The largest allowed value.
-    pub maximum: u64,
+    pub maximum: i64,
     /// Which side reads it.
     pub applies: Applies,
     /// Whether it may change while a migration runs.
@@ -82,8 +90,8 @@ pub struct ParameterInfo {
     pub conflicts: &'static [&'static str],
     /// What it does.
     pub help: &'static str,
-    get: fn(&Parameters) -> u64,
-    set: fn(&mut Parameters, u64),
+    get: fn(&Parameters) -> i64,
+    set: fn(&mut Parameters, i64),
 }
 
 /// A parameter that was refused.
@@ -101,13 +109,23 @@ pub enum ParameterError {
         /// The parameter.
         name: &'static str,
         /// The value given.
-        value: u64,
+        value: i64,
         /// The smallest allowed.
-        minimum: u64,
+        minimum: i64,
         /// The largest allowed.
-        maximum: u64,
+        maximum: i64,
         /// The unit of all three.
         unit: &'static str,
+    },
+    /// The text is none of the choices.
+    #[error("parameter {name}: {value:?} is none of {choices}")]
+    Choice {
+        /// The parameter.
+        name: &'static str,
+        /// The text given.
+        value: String,
+        /// What it may be.
+        choices: String,
     },
     /// The text is not a quantity.
     #[error("parameter {name}: {source}")]
@@ -127,39 +145,130 @@ pub enum ParameterError {
 
 /// How a field of the struct is made from the table's number and back.
 trait Field {
-    fn from_number(number: u64) -> Self;
-    fn number(&self) -> u64;
+    fn from_number(number: i64) -> Self;
+    fn number(&self) -> i64;
 }
 
 impl Field for u64 {
-    fn from_number(number: u64) -> Self {
-        number
+    fn from_number(number: i64) -> Self {
+        Self::try_from(number).unwrap_or(0)
     }
-    fn number(&self) -> u64 {
-        *self
+    fn number(&self) -> i64 {
+        i64::try_from(*self).unwrap_or(i64::MAX)
     }
 }
 
 impl Field for u8 {
-    fn from_number(number: u64) -> Self {
-        u8::try_from(number).unwrap_or(u8::MAX)
+    fn from_number(number: i64) -> Self {
+        Self::try_from(number).unwrap_or(Self::MAX)
     }
-    fn number(&self) -> u64 {
-        u64::from(*self)
+    fn number(&self) -> i64 {
+        i64::from(*self)
+    }
+}
+
+impl Field for i32 {
+    fn from_number(number: i64) -> Self {
+        Self::try_from(number).unwrap_or(0)
+    }
+    fn number(&self) -> i64 {
+        i64::from(*self)
+    }
+}
+
+impl Field for Switch {
+    fn from_number(number: i64) -> Self {
+        if number == 0 { Self::Off } else { Self::On }
+    }
+    fn number(&self) -> i64 {
+        i64::from(*self == Self::On)
     }
 }
 
 impl Field for Duration {
-    fn from_number(number: u64) -> Self {
-        Duration::from_millis(number)
+    fn from_number(number: i64) -> Self {
+        Self::from_millis(u64::from_number(number))
     }
-    fn number(&self) -> u64 {
-        u64::try_from(self.as_millis()).unwrap_or(u64::MAX)
+    fn number(&self) -> i64 {
+        i64::try_from(self.as_millis()).unwrap_or(i64::MAX)
+    }
+}
+
+/// Off or on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Switch {
+    /// Off.
+    #[default]
+    Off,
+    /// On.
+    On,
+}
+
+macro_rules! choice {
+    ($(#[$meta:meta])* $name:ident, $names:ident: $($(#[$doc:meta])* $variant:ident = $text:literal),*) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum $name { $($(#[$doc])* $variant),* }
+
+        const $names: &[&str] = &[$($text),*];
+
+        impl Field for $name {
+            fn from_number(number: i64) -> Self {
+                let all = [$(Self::$variant),*];
+                let [first, ..] = all;
+                usize::try_from(number).ok().and_then(|place| all.get(place)).copied().unwrap_or(first)
+            }
+            fn number(&self) -> i64 {
+                *self as i64
+            }
+        }
+    };
+}
+
+choice! {
+    /// What pages are compressed with.
+    MultifdCompression, COMPRESSIONS:
+    /// Nothing.
+    None = "none",
+    /// LZ4: quick.
+    Lz4 = "lz4",
+    /// Zstandard: shorter.
+    Zstd = "zstd"
+}
+
+choice! {
+    /// What RAM is checked with from end to end.
+    Integrity, INTEGRITIES:
+    /// Nothing.
+    None = "none",
+    /// A checksum of the pages as the guest wrote them.
+    Checksum = "checksum"
+}
+
+/// A parameter's value, as a client sees it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[serde(untagged)]
+pub enum Value {
+    /// A number of the parameter's unit.
+    Number(i64),
+    /// Off or on.
+    Switch(bool),
+    /// One of several.
+    Choice(&'static str),
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Switch(on) => f.write_str(if *on { "on" } else { "off" }),
+            Self::Choice(name) => f.write_str(name),
+        }
     }
 }
 
 macro_rules! parameters {
-    ($($field:ident: $type:ty = $name:literal, $unit:ident, $default:literal, $range:expr, $applies:ident,
+    ($($field:ident: $type:ty = $name:literal, $unit:expr, $default:literal, $range:expr, $applies:ident,
        $changes:ident, conflicts $conflicts:expr, $help:literal;)*) => {
         /// The parameters of a migration. A migration takes a copy when it starts.
         #[derive(Debug, Clone, PartialEq, Eq)]
@@ -176,7 +285,7 @@ macro_rules! parameters {
         /// Every parameter there is.
         pub static PARAMETERS: &[ParameterInfo] = &[$(ParameterInfo {
             name: $name,
-            unit: Unit::$unit,
+            unit: $unit,
             default: $default,
             minimum: *$range.start(),
             maximum: *$range.end(),
@@ -191,15 +300,28 @@ macro_rules! parameters {
 }
 
 parameters! {
-    max_bandwidth: u64 = "max-bandwidth", BytesPerSecond, 0, 0..=u64::MAX, Source, Live, conflicts [],
+    max_bandwidth: u64 = "max-bandwidth", Unit::BytesPerSecond, 0, 0..=i64::MAX, Source, Live, conflicts [],
         "The most bytes a second that all channels together may carry; 0 is unlimited.";
-    downtime_limit: Duration = "downtime-limit", Milliseconds, 300, 0..=2_000_000, Source, Live, conflicts [],
+    downtime_limit: Duration = "downtime-limit", Unit::Milliseconds, 300, 0..=2_000_000, Source, Live, conflicts [],
         "A ceiling: the guest is not stopped while its downtime is predicted to be longer.";
-    multifd_channels: u8 = "multifd-channels", Count, 2, 1..=255, Source, AtStart, conflicts [],
+    multifd_channels: u8 = "multifd-channels", Unit::Count, 2, 1..=255, Source, AtStart, conflicts [],
         "Data channels beside the control channel, on transports that have several connections.";
-    handover_timeout: Duration = "handover-timeout", Milliseconds, 30_000, 0..=86_400_000, Both, Live, conflicts [],
+    multifd_compression: MultifdCompression = "multifd-compression", Unit::Choice(COMPRESSIONS), 0, 0..=2,
+        Source, AtStart, conflicts [],
+        "What pages are compressed with, where that is quicker than sending them as they are.";
+    multifd_zstd_level: i32 = "multifd-zstd-level", Unit::Count, 1, -131_072..=22, Source, AtStart, conflicts [],
+        "Level of zstd: the higher the shorter and slower; negative ones are the quickest.";
+    xbzrle: Switch = "xbzrle", Unit::Switch, 0, 0..=1, Source, AtStart, conflicts [],
+        "Whether pages sent again travel as what has changed in them.";
+    xbzrle_cache_size: u64 = "xbzrle-cache-size", Unit::Bytes, 67_108_864, 32_768..=i64::MAX, Source, AtStart,
+        conflicts [],
+        "Memory for the versions last sent, that of all channels together.";
+    integrity: Integrity = "integrity", Unit::Choice(INTEGRITIES), 1, 0..=1, Source, AtStart, conflicts [],
+        "What RAM is checked with from end to end.";
+    handover_timeout: Duration = "handover-timeout", Unit::Milliseconds, 30_000, 0..=86_400_000, Both, Live,
+        conflicts [],
         "How long to reconnect after the link was lost with the guest released and not yet heard of.";
-    link_timeout: Duration = "link-timeout", Milliseconds, 10_000, 500..=3_600_000, Both, AtStart, conflicts [],
+    link_timeout: Duration = "link-timeout", Unit::Milliseconds, 10_000, 500..=3_600_000, Both, AtStart, conflicts [],
         "A link on which nothing is heard for this long is taken for lost.";
 }
 
@@ -218,9 +340,33 @@ impl ParameterInfo {
     /// The name of its type.
     pub fn type_name(&self) -> &'static str {
         match self.unit {
-            Unit::BytesPerSecond => "size",
+            Unit::BytesPerSecond | Unit::Bytes => "size",
             Unit::Milliseconds => "duration",
             Unit::Count => "integer",
+            Unit::Switch => "bool",
+            Unit::Choice(_) => "enum",
+        }
+    }
+
+    /// What `number` stands for.
+    pub fn value(&self, number: i64) -> Value {
+        match self.unit {
+            Unit::Switch => Value::Switch(number != 0),
+            Unit::Choice(names) => {
+                let name = usize::try_from(number).ok().and_then(|place| names.get(place));
+                name.map_or(Value::Number(number), |name| Value::Choice(name))
+            }
+            _ => Value::Number(number),
+        }
+    }
+
+    /// What the parameter may be, for people.
+    pub fn range(&self) -> String {
+        match (self.unit, self.maximum) {
+            (Unit::Switch, _) => "on, off".to_owned(),
+            (Unit::Choice(names), _) => names.join(", "),
+            (_, i64::MAX) => format!("{} or more", self.minimum),
+            (_, maximum) => format!("{} to {maximum}", self.minimum),
         }
     }
 
@@ -228,13 +374,28 @@ impl ParameterInfo {
     ///
     /// # Errors
     /// [`ParameterError::Text`].
-    pub fn parse(&'static self, text: &str) -> Result<u64, ParameterError> {
+    pub fn parse(&'static self, text: &str) -> Result<i64, ParameterError> {
+        let wanted = |expected| QuantityError { text: text.to_owned(), expected };
         let parsed = match self.unit {
-            Unit::BytesPerSecond => units::parse_rate(text),
-            Unit::Milliseconds => units::parse_duration(text, Duration::from_millis(1))
-                .map(|duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)),
-            Unit::Count => {
-                text.trim().parse().map_err(|_| QuantityError { text: text.to_owned(), expected: "a whole number" })
+            Unit::BytesPerSecond => units::parse_rate(text).map(|rate| rate.number()),
+            Unit::Bytes => units::parse_size(text).map(|bytes| bytes.number()),
+            Unit::Milliseconds => {
+                units::parse_duration(text, Duration::from_millis(1)).map(|duration| duration.number())
+            }
+            Unit::Count => text.trim().parse().map_err(|_| wanted("a whole number")),
+            Unit::Switch => match text.trim() {
+                "on" | "true" => Ok(1),
+                "off" | "false" => Ok(0),
+                _ => Err(wanted("on or off")),
+            },
+            Unit::Choice(names) => {
+                let place = names.iter().position(|name| *name == text.trim());
+                let place = place.and_then(|place| i64::try_from(place).ok());
+                return place.ok_or_else(|| ParameterError::Choice {
+                    name: self.name,
+                    value: text.to_owned(),
+                    choices: names.join(", "),
+                });
             }
         };
         parsed.map_err(|source| ParameterError::Text { name: self.name, source })
@@ -243,7 +404,7 @@ impl ParameterInfo {
 
 impl Parameters {
     /// The value of `info`'s parameter, in its unit.
-    pub fn get(&self, info: &ParameterInfo) -> u64 {
+    pub fn get(&self, info: &ParameterInfo) -> i64 {
         (info.get)(self)
     }
 
@@ -251,7 +412,7 @@ impl Parameters {
     ///
     /// # Errors
     /// Unknown, or out of range.
-    pub fn set(&mut self, name: &str, number: u64) -> Result<(), ParameterError> {
+    pub fn set(&mut self, name: &str, number: i64) -> Result<(), ParameterError> {
         let info = ParameterInfo::find(name)?;
         if number < info.minimum || number > info.maximum {
             return Err(ParameterError::Range {
@@ -321,6 +482,9 @@ mod tests {
             ("multifd-channels", "two", "not a whole number"),
             ("downtime-limit", "2000001", "0 to 2000000 ms"),
             ("max-bandwidth", "10parsecs", "not a rate"),
+            ("multifd-compression", "gzip", "none of none, lz4, zstd"),
+            ("xbzrle", "maybe", "on or off"),
+            ("multifd-zstd-level", "23", "-131072 to 22"),
         ] {
             let error = parameters.set_text(name, text).unwrap_err().to_string();
             assert!(error.contains(wanted), "{error}");

@@ -8,6 +8,7 @@ use std::fmt;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{GuestPlace, MigrationError, Phase, Side};
+use crate::page::PageKind;
 
 /// Rounds that a report lists at most: a migration that does not converge goes on for as long as it is let.
 pub const MAX_ROUNDS: usize = 1000;
@@ -86,6 +87,8 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// RAM.
     pub ram: RamReport,
+    /// What `delta` did: at the source.
+    pub delta: DeltaCounts,
     /// Bytes of device state sent or received.
     pub device_state_bytes: u64,
     /// Bytes on all channels a second, over the last round with the guest running; after the end, over all that are listed.
@@ -120,6 +123,7 @@ impl Report {
             downtime_parts: None,
             rounds: Vec::new(),
             ram: RamReport::default(),
+            delta: DeltaCounts::default(),
             device_state_bytes: 0,
             bandwidth_bytes_per_second: 0,
             dirty_bytes_per_second: 0,
@@ -180,6 +184,83 @@ pub struct PageCounts {
     pub zero: u64,
     /// As they are.
     pub plain: u64,
+    /// What changed since they were sent last.
+    pub delta: u64,
+    /// Compressed with LZ4.
+    pub lz4: u64,
+    /// Compressed with Zstandard.
+    pub zstd: u64,
+}
+
+impl PageCounts {
+    /// The counts, in the order of the kinds' numbers on the wire.
+    pub(crate) fn to_array(self) -> [u64; PageKind::COUNT] {
+        [self.zero, self.plain, self.delta, self.lz4, self.zstd]
+    }
+
+    pub(crate) fn from_array([zero, plain, delta, lz4, zstd]: [u64; PageKind::COUNT]) -> Self {
+        Self { zero, plain, delta, lz4, zstd }
+    }
+
+    fn with(self, other: Self, mut f: impl FnMut(u64, u64) -> u64) -> Self {
+        let mut counts = self.to_array();
+        counts.iter_mut().zip(other.to_array()).for_each(|(count, other)| *count = f(*count, other));
+        Self::from_array(counts)
+    }
+
+    /// Every kind's name and count.
+    pub fn named(&self) -> [(&'static str, u64); PageKind::COUNT] {
+        let names = ["zero", "plain", "delta", "lz4", "zstd"];
+        let counts = self.to_array();
+        std::array::from_fn(|n| (names.get(n).copied().unwrap_or(""), counts.get(n).copied().unwrap_or(0)))
+    }
+
+    /// Pages of all kinds.
+    pub fn total(&self) -> u64 {
+        self.to_array().into_iter().fold(0, u64::saturating_add)
+    }
+
+    /// What came since `before`.
+    pub(crate) fn since(self, before: Self) -> Self {
+        self.with(before, u64::saturating_sub)
+    }
+}
+
+/// As a person reads it: the kinds there are any of.
+impl fmt::Display for PageCounts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let there = self.named().into_iter().filter(|(name, count)| *count > 0 || matches!(*name, "zero" | "plain"));
+        let there: Vec<String> = there.map(|(name, count)| format!("{count} {name}")).collect();
+        f.write_str(&there.join(", "))
+    }
+}
+
+impl std::ops::AddAssign for PageCounts {
+    fn add_assign(&mut self, other: Self) {
+        *self = self.with(other, u64::saturating_add);
+    }
+}
+
+/// What `delta` did, at the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+pub struct DeltaCounts {
+    /// Pages whose last version was known and that travelled as a delta.
+    pub hits: u64,
+    /// Pages sent again whose last version was not known any more.
+    pub misses: u64,
+    /// Pages whose last version was known but that had changed too much.
+    pub overflows: u64,
+    /// Bytes of RAM that did not have to travel.
+    pub saved_bytes: u64,
+}
+
+impl std::ops::AddAssign for DeltaCounts {
+    fn add_assign(&mut self, other: Self) {
+        self.hits = self.hits.saturating_add(other.hits);
+        self.misses = self.misses.saturating_add(other.misses);
+        self.overflows = self.overflows.saturating_add(other.overflows);
+        self.saved_bytes = self.saved_bytes.saturating_add(other.saved_bytes);
+    }
 }
 
 /// One pass over the dirty bitmap.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::proxy::{Harm, Moment, Proxy, Way};
 use common::{MIB, Random, Side, empty, parameters, runs, source, until};
-use dunlin::{Destination, GuestPlace, Parameters, Report, Source, Status, Uri};
+use dunlin::{Destination, GuestPlace, Report, Source, Status, Uri};
 
 const WORKLOAD: &str = "pattern=uniform,content=random,rate=60M/s,working-set=2M";
 /// Frame types of the handover, from docs/wire-format.md.
@@ -170,7 +170,7 @@ fn cut_at_every_step() {
                 if end.at_source {
                     // And the same guest can be migrated after that.
                     let to = empty(4 * MIB, 2);
-                    common::move_guest(&from, &to, "tcp:127.0.0.1:0", &Parameters::default());
+                    common::move_guest(&from, &to, "tcp:127.0.0.1:0", &parameters(&[]));
                     to.assert_good(&what);
                 }
             }
@@ -183,13 +183,13 @@ fn cut_at_every_step() {
 fn the_same_destination_again() {
     for (name, frame) in STEPS.iter().take(3) {
         let (from, to) = (source(4 * MIB, 1, WORKLOAD, 3), empty(4 * MIB, 1));
-        let destination = to.listen("tcp:127.0.0.1:0", &Parameters::default());
+        let destination = to.listen("tcp:127.0.0.1:0", &parameters(&[]));
         {
             let proxy = Proxy::start(destination.local_uri(), Moment::Before(*frame), Harm::Cut);
-            let migration = from.migrate(&proxy.uri, &Parameters::default());
+            let migration = from.migrate(&proxy.uri, &parameters(&[]));
             assert_eq!(migration.wait().status, Status::Failed, "{name}");
         }
-        let migration = from.migrate(destination.local_uri(), &Parameters::default());
+        let migration = from.migrate(destination.local_uri(), &parameters(&[]));
         let report = migration.wait();
         assert_eq!(report.status, Status::Completed, "{name}: {}", one_line(&report));
         assert_eq!(destination.wait().status, Status::Completed);
@@ -389,7 +389,7 @@ fn say(port: u16, bytes: &[u8]) -> String {
 #[test]
 fn strangers() {
     let to = empty(16 * MIB, 1);
-    let destination = to.listen("tcp:127.0.0.1:0", &Parameters::default());
+    let destination = to.listen("tcp:127.0.0.1:0", &parameters(&[]));
     let port = port(destination.local_uri());
     let refused = || destination.report().refused_connections;
 
@@ -431,7 +431,7 @@ fn strangers() {
 
     // The right peer, with all of them still there.
     let from = source(16 * MIB, 1, WORKLOAD, 8);
-    let migration = from.migrate(destination.local_uri(), &Parameters::default());
+    let migration = from.migrate(destination.local_uri(), &parameters(&[]));
     let report = migration.wait();
     assert_eq!(report.status, Status::Completed, "{}", one_line(&report));
     assert_eq!(destination.wait().status, Status::Completed);
@@ -443,12 +443,12 @@ fn strangers() {
 #[test]
 fn refusals() {
     let to = empty(16 * MIB, 2);
-    let destination = to.listen("tcp:127.0.0.1:0", &Parameters::default());
+    let destination = to.listen("tcp:127.0.0.1:0", &parameters(&[]));
     for (other, reason) in [
         (source(8 * MIB, 2, "idle", 1), "(8388608 bytes) at the source and 16.00 MiB (16777216 bytes) here"),
         (source(16 * MIB, 1, "idle", 1), "the source has 1 vCPUs, this machine has 2"),
     ] {
-        let report = other.migrate(destination.local_uri(), &Parameters::default()).wait();
+        let report = other.migrate(destination.local_uri(), &parameters(&[])).wait();
         let message = report.error.unwrap().message;
         assert!(message.starts_with("source, setup: the destination refused:"), "{message}");
         assert!(message.contains(reason) && message.ends_with("running at the source"), "{message}");
@@ -462,11 +462,11 @@ fn refusals() {
     let (from, second) = (source(16 * MIB, 2, WORKLOAD, 1), source(16 * MIB, 2, WORKLOAD, 2));
     let first = from.migrate(destination.local_uri(), &slow);
     until("it flows", || destination.report().ram.transferred_bytes > 100_000);
-    let report = second.migrate(destination.local_uri(), &Parameters::default()).wait();
+    let report = second.migrate(destination.local_uri(), &parameters(&[])).wait();
     let message = report.error.unwrap().message;
     assert!(message.contains("busy with another migration"), "{message}");
     assert!(second.guest.is_running());
-    first.set_parameters(&Parameters::default()).unwrap();
+    first.set_parameters(&parameters(&[])).unwrap();
     assert_eq!(first.wait().status, Status::Completed);
     assert_eq!(destination.wait().status, Status::Completed);
     to.assert_good("after a busy signal");
@@ -480,7 +480,7 @@ fn cancelled_anywhere() {
     let mut cancelled = [0, 0];
     for run in 0..runs(50) {
         let to = empty(16 * MIB, 2);
-        let destination = to.listen("tcp:127.0.0.1:0", &Parameters::default());
+        let destination = to.listen("tcp:127.0.0.1:0", &parameters(&[]));
         let migration = from.migrate(destination.local_uri(), &parameters(&[("max-bandwidth", "300M/s")]));
         std::thread::sleep(Duration::from_micros(random.below(40_000)));
         let side = random.below(2) as usize;
@@ -492,7 +492,7 @@ fn cancelled_anywhere() {
             // It was too late. Bring the guest back.
             assert!(from.guest.cont().is_err());
             drop(destination);
-            common::move_guest(&to, &from, "tcp:127.0.0.1:0", &Parameters::default());
+            common::move_guest(&to, &from, "tcp:127.0.0.1:0", &parameters(&[]));
         } else if answer.is_ok() && end.here.status == Status::Cancelled {
             cancelled[side] += 1;
             assert!(asked.elapsed() < Duration::from_secs(2), "{what}: {:?}", asked.elapsed());
@@ -526,7 +526,7 @@ fn peers_that_do_not_answer() {
         assert!(from.guest.is_running());
     }
     // A cancel does not wait for an answer that does not come.
-    let migration = from.migrate(&format!("tcp:127.0.0.1:{silent_port}").parse().unwrap(), &Parameters::default());
+    let migration = from.migrate(&format!("tcp:127.0.0.1:{silent_port}").parse().unwrap(), &parameters(&[]));
     std::thread::sleep(Duration::from_millis(50));
     let began = Instant::now();
     migration.cancel().unwrap();

@@ -12,8 +12,8 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use common::proxy::{Harm, Moment, Proxy, Way};
-use common::{MIB, Random, empty, move_guest, parameters, runs, source, until};
-use dunlin::{Parameters, Status, Uri};
+use common::{MIB, Random, empty, move_guest, parameters, runs, source, splice, until};
+use dunlin::{Status, Uri};
 
 #[test]
 fn random_migrations() {
@@ -39,17 +39,22 @@ fn random_migrations() {
             _ => format!("unix:{}/{run}.sock", directory.path().display()),
         };
         let seed = random.next();
-        let what =
-            format!("run {run}: {memory} bytes, {vcpus} vCPUs, {workload}, {channels} channels, {uri}, seed {seed}");
+        let set = [
+            ("multifd-channels", channels),
+            ("multifd-compression", *random.pick(&["none", "lz4", "zstd"])),
+            ("xbzrle", *random.pick(&["off", "on"])),
+            ("integrity", *random.pick(&["none", "checksum"])),
+        ];
+        let what = format!("run {run}: {memory} bytes, {vcpus} vCPUs, {workload}, {set:?}, {uri}, seed {seed}");
         let (from, to) = (source(memory, vcpus, &workload, seed), empty(memory, vcpus));
         std::thread::sleep(Duration::from_millis(random.below(15)));
-        let (here, there) = move_guest(&from, &to, &uri, &parameters(&[("multifd-channels", channels)]));
+        let (here, there) = move_guest(&from, &to, &uri, &parameters(&set));
         assert!(to.guest.is_running(), "{what}");
         to.assert_good(&what);
         assert_eq!(here.ram.pages, there.ram.pages, "{what}: both sides count the same pages");
         assert_eq!(here.rounds, there.rounds, "{what}: both sides report the same rounds");
         assert_eq!(here.ram.remaining_bytes, 0);
-        let pages = here.ram.pages.zero + here.ram.pages.plain;
+        let pages = here.ram.pages.total();
         assert!(pages * 4096 >= memory, "{what}: every page travelled");
     }
     println!("{count} random migrations, all verified");
@@ -63,7 +68,7 @@ fn back_and_forth() {
     let mut before = a.machine.verify().unwrap();
     for turn in 0..10 {
         let (from, to) = if turn % 2 == 0 { (&a, &b) } else { (&b, &a) };
-        move_guest(from, to, "tcp:127.0.0.1:0", &Parameters::default());
+        move_guest(from, to, "tcp:127.0.0.1:0", &parameters(&[]));
         assert!(to.guest.is_running() && !from.guest.is_running() && from.guest.cont().is_err());
         std::thread::sleep(Duration::from_millis(20));
         let now = to.machine.verify().unwrap();
@@ -80,7 +85,7 @@ fn a_paused_guest_stays_paused() {
     std::thread::sleep(Duration::from_millis(10));
     from.guest.stop().unwrap();
     let steps = from.machine.steps();
-    let (report, _) = move_guest(&from, &to, "tcp:127.0.0.1:0", &Parameters::default());
+    let (report, _) = move_guest(&from, &to, "tcp:127.0.0.1:0", &parameters(&[]));
     assert_eq!(report.guest, dunlin::GuestPlace::PausedAtDestination);
     assert!(!to.guest.is_running());
     assert_eq!(to.machine.steps(), steps);
@@ -97,7 +102,7 @@ fn over_ipv6() {
     }
     for uri in ["tcp:[::1]:0", "tcp:localhost:0", "tcp::0"] {
         let (from, to) = (source(4 * MIB, 1, "idle", 1), empty(4 * MIB, 1));
-        move_guest(&from, &to, uri, &Parameters::default());
+        move_guest(&from, &to, uri, &parameters(&[]));
         to.assert_good(uri);
     }
 }
@@ -107,8 +112,8 @@ fn over_ipv6() {
 fn over_a_descriptor() {
     let (here, there) = UnixStream::pair().unwrap();
     let (from, to) = (source(16 * MIB, 2, "rate=100M/s,working-set=4M", 3), empty(16 * MIB, 2));
-    let destination = to.listen(&format!("fd:{}", there.as_raw_fd()), &Parameters::default());
-    let migration = from.migrate(&format!("fd:{}", here.as_raw_fd()).parse().unwrap(), &Parameters::default());
+    let destination = to.listen(&format!("fd:{}", there.as_raw_fd()), &parameters(&[]));
+    let migration = from.migrate(&format!("fd:{}", here.as_raw_fd()).parse().unwrap(), &parameters(&[]));
     let report = migration.wait();
     assert_eq!(report.status, Status::Completed, "{:?} {:?}", report.error, destination.report());
     assert_eq!(report.channels.len(), 1);
@@ -121,24 +126,10 @@ fn over_a_descriptor() {
         (format!("fd:{}", file.as_raw_fd()), "not a connected stream socket"),
         ("fd:987654".to_owned(), "Bad file descriptor"),
     ] {
-        let report = other.migrate(&uri.parse().unwrap(), &Parameters::default()).wait();
+        let report = other.migrate(&uri.parse().unwrap(), &parameters(&[])).wait();
         let message = report.error.unwrap().message;
         assert!(message.contains(reason) && message.ends_with("running at the source"), "{message}");
     }
-}
-
-/// Copies both ways between two streams until one ends.
-fn splice(a: TcpStream, b: TcpStream) {
-    let (mut a2, mut b2) = (a.try_clone().unwrap(), b.try_clone().unwrap());
-    let (mut a, mut b) = (a, b);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            drop(std::io::copy(&mut a, &mut b2));
-            drop(b2.shutdown(std::net::Shutdown::Write));
-        });
-        drop(std::io::copy(&mut b, &mut a2));
-        drop(a2.shutdown(std::net::Shutdown::Write));
-    });
 }
 
 /// A command on each side, both of which connect to a meeting point: neither side listens or dials itself.
@@ -157,8 +148,8 @@ fn over_commands() {
         splice(first, second);
     });
     let (from, to) = (source(16 * MIB, 1, "rate=50M/s,working-set=4M", 3), empty(16 * MIB, 1));
-    let destination = to.listen(&uri, &Parameters::default());
-    let migration = from.migrate(&uri.parse().unwrap(), &Parameters::default());
+    let destination = to.listen(&uri, &parameters(&[]));
+    let migration = from.migrate(&uri.parse().unwrap(), &parameters(&[]));
     let report = migration.wait();
     assert_eq!(report.status, Status::Completed, "{:?} {:?}", report.error, destination.report());
     to.assert_good("exec");
@@ -166,7 +157,7 @@ fn over_commands() {
     relay.join().unwrap();
 
     let other = source(4 * MIB, 1, "idle", 1);
-    let report = other.migrate(&"exec:exit 3".parse().unwrap(), &Parameters::default()).wait();
+    let report = other.migrate(&"exec:exit 3".parse().unwrap(), &parameters(&[])).wait();
     let message = report.error.unwrap().message;
     assert!(message.contains("exec:exit 3") && message.ends_with("running at the source"), "{message}");
 }
@@ -175,7 +166,7 @@ fn over_commands() {
 #[test]
 fn keeps_the_bandwidth_limit() {
     let (from, to) = (source(64 * MIB, 1, "idle", 9), empty(64 * MIB, 1));
-    let destination = to.listen("tcp:127.0.0.1:0", &Parameters::default());
+    let destination = to.listen("tcp:127.0.0.1:0", &parameters(&[]));
     let proxy = Proxy::start(destination.local_uri(), Moment::Before(0), Harm::None);
     let mut wanted = parameters(&[("max-bandwidth", "1MB/s"), ("multifd-channels", "4")]);
     let migration = from.migrate(&proxy.uri, &wanted);
@@ -232,14 +223,14 @@ fn nothing_is_left_behind() {
     }
     let once = |run: u64| {
         let (from, to) = (source(4 * MIB, 2, "rate=100M/s,working-set=2M", run), empty(4 * MIB, 2));
-        let destination = to.listen("tcp:127.0.0.1:0", &Parameters::default());
+        let destination = to.listen("tcp:127.0.0.1:0", &parameters(&[]));
         if run % 4 == 3 {
             // A migration that fails leaves nothing either.
             let proxy = Proxy::start(destination.local_uri(), Moment::Byte(Way::ToDestination, 100_000), Harm::Cut);
-            assert_eq!(from.migrate(&proxy.uri, &Parameters::default()).wait().status, Status::Failed);
+            assert_eq!(from.migrate(&proxy.uri, &parameters(&[])).wait().status, Status::Failed);
             from.assert_good("after a cut");
         } else {
-            let migration = from.migrate(destination.local_uri(), &Parameters::default());
+            let migration = from.migrate(destination.local_uri(), &parameters(&[]));
             assert_eq!(migration.wait().status, Status::Completed);
             to.assert_good("leak");
         }
@@ -260,7 +251,7 @@ fn side_by_side() {
         for seed in 0..4 {
             scope.spawn(move || {
                 let (from, to) = (source(16 * MIB, 1, "rate=50M/s,working-set=4M", seed), empty(16 * MIB, 1));
-                move_guest(&from, &to, "tcp:127.0.0.1:0", &Parameters::default());
+                move_guest(&from, &to, "tcp:127.0.0.1:0", &parameters(&[]));
                 to.assert_good("side by side");
             });
         }
@@ -270,7 +261,7 @@ fn side_by_side() {
 #[test]
 fn one_guest_one_migration() {
     let (from, to) = (source(32 * MIB, 1, "idle", 1), empty(32 * MIB, 1));
-    let destination = to.listen("tcp:127.0.0.1:0", &Parameters::default());
+    let destination = to.listen("tcp:127.0.0.1:0", &parameters(&[]));
     let slow = parameters(&[("max-bandwidth", "1M/s")]);
     let first = from.migrate(destination.local_uri(), &slow);
     let uri: Uri = "tcp:127.0.0.1:1".parse().unwrap();

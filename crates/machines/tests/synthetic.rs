@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use dunlin::Machine;
 use dunlin_machines::synthetic::FaultKind;
-use dunlin_machines::{SyntheticConfig, SyntheticMachine};
+use dunlin_machines::{Backing, SyntheticConfig, SyntheticMachine};
 
 const MIB: u64 = 1 << 20;
 
@@ -17,6 +17,7 @@ fn machine(workload: &str, vcpus: u32) -> Arc<SyntheticMachine> {
         workload: workload.parse().unwrap(),
         fill: "zero:40,random:30,text:30".parse().unwrap(),
         seed: 42,
+        backing: Backing::Base,
     };
     SyntheticMachine::new(&config).unwrap()
 }
@@ -49,7 +50,7 @@ fn moves_by_hand() {
         let from = machine(workload, 2);
         run_for(&from, Duration::from_millis(60));
         assert!(from.verify().unwrap().is_good(), "{workload}: {}", from.verify().unwrap());
-        let to = SyntheticMachine::empty(16 * MIB, 2).unwrap();
+        let to = SyntheticMachine::empty(16 * MIB, 2, Backing::Base).unwrap();
         to.ram().blocks()[0].write(0, &contents(&from)).unwrap();
         to.load(from.save().unwrap()).unwrap();
         let before = to.verify().unwrap();
@@ -173,10 +174,10 @@ fn every_kind_of_fault_is_found() {
 #[test]
 fn refuses_what_makes_no_sense() {
     for (memory, vcpus) in [(0, 1), (4096, 1), (MIB + 1, 1), (MIB, 0), (MIB, 65)] {
-        let error = SyntheticMachine::empty(memory, vcpus).unwrap_err().to_string();
+        let error = SyntheticMachine::empty(memory, vcpus, Backing::Base).unwrap_err().to_string();
         assert!(error.contains("must be"), "{error}");
     }
-    let empty = SyntheticMachine::empty(MIB, 1).unwrap();
+    let empty = SyntheticMachine::empty(MIB, 1, Backing::Base).unwrap();
     assert!(empty.verify().is_err() && empty.resume().is_err() && empty.save().is_err());
     let other = machine("idle", 2);
     assert!(empty.accept_profile(&other.profile()).is_err() && empty.load(other.save().unwrap()).is_err());

@@ -1,5 +1,6 @@
 //! The table of commands: name, arguments, what each does.
 
+use dunlin::parameters::{ParameterInfo, Unit};
 use dunlin::{PARAMETERS, Uri};
 use serde_json::{Map, Value, json};
 
@@ -32,7 +33,7 @@ impl Kind {
         match self {
             Self::Text => value.is_string(),
             Self::Flag => value.is_boolean(),
-            Self::Number => value.is_u64(),
+            Self::Number => value.is_i64() || value.is_u64(),
         }
     }
 }
@@ -100,7 +101,11 @@ fn check(takes: &Takes, arguments: &Arguments) -> Result<(), Refusal> {
     for (name, value) in arguments {
         let kind = match takes {
             Takes::These(known) => known.iter().find(|(known, _)| known == name).map(|(_, kind)| *kind),
-            Takes::EachParameter => PARAMETERS.iter().any(|info| info.name == name).then_some(Kind::Number),
+            Takes::EachParameter => PARAMETERS.iter().find(|info| info.name == name).map(|info| match info.unit {
+                Unit::Switch => Kind::Flag,
+                Unit::Choice(_) => Kind::Text,
+                _ => Kind::Number,
+            }),
         };
         let kind = kind.ok_or_else(|| unexpected(name))?;
         if !kind.fits(value) {
@@ -162,14 +167,29 @@ fn query_migration_report(vm: &Vm, _: &Arguments) -> Result<Value, Refusal> {
 }
 
 fn migrate_set_parameters(vm: &Vm, arguments: &Arguments) -> Result<Value, Refusal> {
-    let numbers = arguments.iter().filter_map(|(name, value)| Some((name.as_str(), value.as_u64()?)));
+    let mut numbers = Vec::new();
+    for (name, value) in arguments {
+        let info = ParameterInfo::find(name).map_err(Refusal::generic)?;
+        let number = match value {
+            Value::Bool(on) => i64::from(*on),
+            Value::String(text) => info.parse(text).map_err(Refusal::generic)?,
+            other => other.as_i64().ok_or_else(|| {
+                Refusal::generic(format_args!("parameter {name}: {other} is more than {}", info.maximum))
+            })?,
+        };
+        numbers.push((info.name, number));
+    }
     done(vm.set_parameters(numbers))
 }
 
 fn query_migrate_parameters(vm: &Vm, _: &Arguments) -> Result<Value, Refusal> {
     let parameters = vm.parameters();
-    let members = PARAMETERS.iter().map(|info| (info.name.to_owned(), Value::from(parameters.get(info))));
-    Ok(Value::Object(members.collect()))
+    let mut members = Map::new();
+    for info in PARAMETERS {
+        let value = serde_json::to_value(info.value(parameters.get(info))).map_err(Refusal::generic)?;
+        members.insert(info.name.to_owned(), value);
+    }
+    Ok(Value::Object(members))
 }
 
 fn cont(vm: &Vm, arguments: &Arguments) -> Result<Value, Refusal> {

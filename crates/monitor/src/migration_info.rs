@@ -49,7 +49,7 @@ fn ram(report: &Report) -> Value {
     let ram = &report.ram;
     let last_round = report.rounds.last();
     let pages_per_second = last_round.filter(|round| round.seconds > 0.0).map_or(0, |round| {
-        let pages = round.pages.zero.saturating_add(round.pages.plain);
+        let pages = round.pages.total();
         (pages as f64 / round.seconds) as u64
     });
     let downtime_bytes = match (report.downtime_parts, last_round) {
@@ -116,7 +116,7 @@ mod tests {
             total_bytes: 1 << 30,
             remaining_bytes: 8192,
             transferred_bytes: 5_000_000,
-            pages: PageCounts { zero: 7, plain: 1000 },
+            pages: PageCounts { zero: 7, plain: 1000, ..Default::default() },
         };
         report.bandwidth_bytes_per_second = 125_000_000;
         report.dirty_bytes_per_second = 40_960;
@@ -129,7 +129,7 @@ mod tests {
             seconds: 0.5,
             ram_bytes: 1 << 30,
             transferred_bytes: 4_000_000,
-            pages: PageCounts { zero: 7, plain: 993 },
+            pages: PageCounts { zero: 7, plain: 993, ..Default::default() },
             dirty_bytes: 8192,
             bandwidth_bytes_per_second: 1,
             dirty_bytes_per_second: 1,

@@ -222,7 +222,7 @@ impl Vm {
     ///
     /// # Errors
     /// When one is unknown, out of range, or cannot change under the migration under way.
-    pub fn set_parameters<'a>(&self, numbers: impl IntoIterator<Item = (&'a str, u64)>) -> Result<(), VmError> {
+    pub fn set_parameters<'a>(&self, numbers: impl IntoIterator<Item = (&'a str, i64)>) -> Result<(), VmError> {
         let _one_at_a_time = lock(&self.commands);
         let (mut wanted, mut in_force, latest) = {
             let state = self.state();
@@ -420,7 +420,7 @@ impl Vm {
 }
 
 /// Takes into `parameters` what was changed, but for what only the other side reads.
-fn apply(parameters: &mut Parameters, changed: &[(&str, u64)], not: Applies) -> Result<(), ParameterError> {
+fn apply(parameters: &mut Parameters, changed: &[(&str, i64)], not: Applies) -> Result<(), ParameterError> {
     for (name, number) in changed {
         if PARAMETERS.iter().any(|info| info.name == *name && info.applies != not) {
             parameters.set(name, *number)?;

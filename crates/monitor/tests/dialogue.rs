@@ -230,9 +230,23 @@ fn parameters_all_or_none() {
     let error = client.execute("migrate-set-parameters", wanted).unwrap_err().to_string();
     assert!(error.contains("multifd-channels") && error.contains("1 to 255"), "{error}");
     assert_eq!(client.execute("query-migrate-parameters", json!({})).unwrap(), before);
-    client.execute("migrate-set-parameters", json!({"downtime-limit": 17, "max-bandwidth": u64::MAX})).unwrap();
+    client.execute("migrate-set-parameters", json!({"downtime-limit": 17, "max-bandwidth": i64::MAX})).unwrap();
     let after = client.execute("query-migrate-parameters", json!({})).unwrap();
-    assert_eq!((&after["downtime-limit"], &after["max-bandwidth"]), (&json!(17), &json!(u64::MAX)));
+    assert_eq!((&after["downtime-limit"], &after["max-bandwidth"]), (&json!(17), &json!(i64::MAX)));
+    for (name, value, wanted) in [
+        ("max-bandwidth", json!(u64::MAX), "18446744073709551615 is more than 9223372036854775807"),
+        ("multifd-compression", json!("gzip"), "none, lz4, zstd"),
+        ("multifd-compression", json!(1), "expected: string"),
+        ("xbzrle", json!(1), "expected: boolean"),
+        ("multifd-zstd-level", json!(23), "-131072 to 22"),
+    ] {
+        let error = client.execute("migrate-set-parameters", json!({ name: value })).unwrap_err().to_string();
+        assert!(error.contains(wanted), "{error}");
+    }
+    let kinds = json!({"multifd-compression": "zstd", "multifd-zstd-level": -5, "xbzrle": true, "integrity": "none"});
+    client.execute("migrate-set-parameters", kinds.clone()).unwrap();
+    let after = client.execute("query-migrate-parameters", json!({})).unwrap();
+    assert!(kinds.as_object().unwrap().iter().all(|(name, value)| after[name] == *value), "{after}");
     // What was read can be set back, as libvirt does.
     client.execute("migrate-set-parameters", before).unwrap();
 }

@@ -19,6 +19,14 @@ use crate::memory::GuestSlice;
 /// Linux's UIO_MAXIOV: pieces that one system call takes.
 const MAX_PIECES: usize = 1024;
 
+/// Where received bytes go.
+pub(crate) enum Target<'a> {
+    /// Into guest RAM.
+    Guest(GuestSlice<'a>),
+    /// Into a buffer.
+    Buffer(&'a mut [u8]),
+}
+
 /// An open, two-way connection.
 #[derive(Debug)]
 pub(crate) struct Connection {
@@ -90,12 +98,15 @@ impl Connection {
         Ok(())
     }
 
-    /// Receives into guest RAM until every slice is full.
-    pub(crate) fn recv_guest(&self, slices: &[GuestSlice<'_>]) -> Result<(), Cause> {
-        let mut pieces: Vec<libc::iovec> = slices
-            .iter()
-            .filter(|slice| slice.len() > 0)
-            .map(|slice| libc::iovec { iov_base: slice.as_mut_ptr().cast(), iov_len: slice.len() })
+    /// Receives until every target is full, in their order.
+    pub(crate) fn recv_into(&self, targets: &mut [Target<'_>]) -> Result<(), Cause> {
+        let mut pieces: Vec<libc::iovec> = targets
+            .iter_mut()
+            .map(|target| match target {
+                Target::Guest(slice) => libc::iovec { iov_base: slice.as_mut_ptr().cast(), iov_len: slice.len() },
+                Target::Buffer(bytes) => libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() },
+            })
+            .filter(|piece| piece.iov_len > 0)
             .collect();
         let mut rest = pieces.as_mut_slice();
         while let Some(first) = rest.first_mut() {
@@ -104,8 +115,8 @@ impl Connection {
                 continue;
             }
             let count = rest.len().min(MAX_PIECES);
-            // SAFETY: every piece lies in guest RAM by `GuestSlice`'s own check, or is the rest of such a piece. The
-            // kernel does the writing; no Rust reference to that memory exists.
+            // SAFETY: every piece lies in guest RAM by `GuestSlice`'s own check, or in a buffer that `targets` borrows
+            // for as long as this runs, or is the rest of such a piece. The kernel does the writing.
             let got = unsafe { libc::readv(self.socket.as_raw_fd(), rest.as_ptr(), count as libc::c_int) };
             match usize::try_from(got) {
                 Ok(0) => return Err(Cause::Closed { channel: self.name.clone() }),

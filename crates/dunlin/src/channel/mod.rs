@@ -15,7 +15,7 @@ use std::str::FromStr;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-pub(crate) use connection::Connection;
+pub(crate) use connection::{Connection, Target};
 
 use crate::error::Cause;
 

@@ -4,7 +4,7 @@ use crate::error::Cause;
 use crate::machine::Machine;
 use crate::page;
 use crate::units::format_size;
-use crate::wire::Start;
+use crate::wire::{Start, UNCHECKED_PAGES};
 
 fn refuse<T>(reason: String) -> Result<T, Cause> {
     Err(Cause::Incompatible { reason })
@@ -14,7 +14,7 @@ fn refuse<T>(reason: String) -> Result<T, Cause> {
 pub(super) fn check(start: &Start, machine: &dyn Machine) -> Result<Vec<String>, Cause> {
     let mut accepted = Vec::new();
     for feature in &start.features {
-        if page::features().any(|known| known == feature.name) {
+        if page::features().chain([UNCHECKED_PAGES]).any(|known| known == feature.name) {
             accepted.push(feature.name.clone());
         } else if feature.required {
             return refuse(format!("the source needs the feature {:?}, which this side does not have", feature.name));

@@ -114,8 +114,7 @@ impl Shared {
         for (index, counters) in lock(&self.channels).iter() {
             let channel = counters.report(*index);
             report.ram.transferred_bytes += channel.transferred_bytes;
-            report.ram.pages.zero += channel.pages.zero;
-            report.ram.pages.plain += channel.pages.plain;
+            report.ram.pages += channel.pages;
             report.channels.push(channel);
         }
         report.channels.sort_by_key(|channel| channel.index);

@@ -7,11 +7,13 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::channel::Target;
 use crate::error::Cause;
 use crate::link::{ChannelCounters, FrameReceiver, PagesFrame};
-use crate::memory::{DirtyBitmap, GuestSlice, MemoryError, PAGE_SIZE, Ram, RamBlock};
-use crate::page::PageKind;
-use crate::wire::{PageRun, WireError, data_checksum_with};
+use crate::memory::{DirtyBitmap, MemoryError, PAGE_SIZE, Ram, RamBlock};
+use crate::page::{Decoder, PageKind, PlaceError};
+use crate::parameters::Integrity;
+use crate::wire::{DataDigest, PageRun, WireError};
 
 /// The guest's RAM while it is being received, by several channels at once.
 #[derive(Debug)]
@@ -22,6 +24,8 @@ pub(super) struct Placement {
     touched: Vec<DirtyBitmap>,
     /// RAM has been cleared and may be written.
     open: AtomicBool,
+    /// Pages come with checksums.
+    checked: AtomicBool,
 }
 
 impl Placement {
@@ -31,6 +35,7 @@ impl Placement {
             block_bytes: ram.blocks().iter().map(RamBlock::size_bytes).collect(),
             touched: ram.blocks().iter().map(|block| DirtyBitmap::new(block.size_bytes())).collect(),
             open: AtomicBool::new(false),
+            checked: AtomicBool::new(true),
         }
     }
 
@@ -39,15 +44,28 @@ impl Placement {
         &self.block_bytes
     }
 
-    /// Clears RAM and lets pages in.
-    pub(super) fn open(&self) {
+    /// Clears RAM and lets pages in, which are checked if `integrity` says so.
+    ///
+    /// # Errors
+    /// When there are not as many huge pages as the block needs.
+    pub(super) fn open(&self, integrity: Integrity) -> Result<(), MemoryError> {
+        self.checked.store(integrity == Integrity::Checksum, Ordering::Release);
         for (block, touched) in self.ram.blocks().iter().zip(&self.touched) {
             // What cannot be given back may hold anything; zero pages are written there.
             if block.discard().is_err() {
                 touched.set_all();
             }
+            // Huge pages come from a pool that may run dry: better now than when the guest touches one.
+            if block.host_page_size() > PAGE_SIZE {
+                block.populate(0..block.size_bytes())?;
+            }
         }
         self.open.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn integrity(&self) -> Integrity {
+        if self.checked.load(Ordering::Acquire) { Integrity::Checksum } else { Integrity::None }
     }
 
     /// Lets no more pages in.
@@ -55,45 +73,92 @@ impl Placement {
         self.open.store(false, Ordering::Release);
     }
 
-    /// Receives the data of a Pages frame into RAM and checks it.
+    /// Receives the data of a Pages frame, puts it into RAM and checks it.
     pub(super) fn place(
         &self,
         receiver: &FrameReceiver,
         frame: PagesFrame,
         runs: &[PageRun],
         counters: &ChannelCounters,
+        staging: &mut Staging,
     ) -> Result<(), Cause> {
         if !self.open.load(Ordering::Acquire) {
             return Err(Cause::Unexpected { message: "Pages", expected: "a message" });
         }
-        let mut slices: Vec<GuestSlice<'_>> = Vec::with_capacity(runs.len());
+        // Plain pages go straight to their place, the encodings of others by way of a buffer.
+        let encoded = runs.iter().filter(|run| run.kind != PageKind::Plain).map(|run| run.encoded_length as usize);
+        staging.bytes.resize(encoded.sum(), 0);
+        let mut free = staging.bytes.as_mut_slice();
+        let mut targets = Vec::with_capacity(runs.len());
         for run in runs {
-            let index = usize::from(run.block);
-            let (Some(block), Some(touched)) = (self.ram.blocks().get(index), self.touched.get(index)) else {
-                continue;
-            };
-            match run.kind {
-                PageKind::Zero => zero(block, touched, run)?,
-                PageKind::Plain => {
-                    populate(block, touched, run)?;
-                    slices.push(block.io_slice(run.offset, run.length as usize)?);
-                }
+            let (block, touched) = self.block(run)?;
+            if run.kind == PageKind::Plain {
+                populate(block, touched, run)?;
+                targets.push(Target::Guest(block.io_slice(run.offset, run.length as usize)?));
+            } else {
+                let (target, rest) = free.split_at_mut_checked(run.encoded_length as usize).unwrap_or_default();
+                targets.push(Target::Buffer(target));
+                free = rest;
             }
         }
-        receiver.connection().recv_guest(&slices)?;
-        let checksum = data_checksum_with(|digest| slices.iter().for_each(|slice| slice.with_bytes(&mut *digest)));
-        if checksum != frame.data_checksum {
-            return Err(receiver.wire(WireError::Checksum { what: "guest RAM" }));
-        }
+        receiver.connection().recv_into(&mut targets)?;
+        drop(targets);
+        let mut encoded = staging.bytes.as_slice();
         for run in runs {
-            let counter = match run.kind {
-                PageKind::Zero => &counters.zero_pages,
-                PageKind::Plain => &counters.plain_pages,
-            };
-            counter.fetch_add(u64::from(run.length) / PAGE_SIZE, Ordering::Release);
+            let (block, touched) = self.block(run)?;
+            match run.kind {
+                PageKind::Plain => continue,
+                PageKind::Zero => {
+                    zero(block, touched, run)?;
+                    continue;
+                }
+                // A delta of a page that never came stands on one of zeros.
+                PageKind::Delta | PageKind::Lz4 | PageKind::Zstd => populate(block, touched, run)?,
+            }
+            let (own, rest) = encoded.split_at_checked(run.encoded_length as usize).unwrap_or_default();
+            encoded = rest;
+            let placed = staging.decoder.decode(run.kind, own, block, run.offset, run.length as usize);
+            placed.map_err(|error| match error {
+                PlaceError::Decode(source) => receiver.wire(WireError::Page { source }),
+                PlaceError::Memory(error) => error.into(),
+            })?;
+        }
+        self.check(receiver, frame, runs)?;
+        for run in runs {
+            counters.count(run.kind, u64::from(run.length));
         }
         Ok(())
     }
+
+    /// Compares what is in RAM now with the source's checksum of what the guest wrote there.
+    fn check(&self, receiver: &FrameReceiver, frame: PagesFrame, runs: &[PageRun]) -> Result<(), Cause> {
+        if self.integrity() == Integrity::None {
+            return Ok(());
+        }
+        let mut digest = DataDigest::default();
+        for run in runs.iter().filter(|run| run.kind != PageKind::Zero) {
+            let (block, _) = self.block(run)?;
+            block.io_slice(run.offset, run.length as usize)?.with_bytes(|bytes| digest.update(bytes));
+        }
+        if digest.value() == frame.data_checksum {
+            return Ok(());
+        }
+        Err(receiver.wire(WireError::Checksum { what: "guest RAM" }))
+    }
+
+    /// The block of a run that was checked against the blocks there are.
+    fn block(&self, run: &PageRun) -> Result<(&RamBlock, &DirtyBitmap), Cause> {
+        let index = usize::from(run.block);
+        let missing = Cause::Unexpected { message: "Pages", expected: "a block of this machine" };
+        self.ram.blocks().get(index).zip(self.touched.get(index)).ok_or(missing)
+    }
+}
+
+/// What a channel's thread needs to decode pages.
+#[derive(Debug, Default)]
+pub(super) struct Staging {
+    bytes: Vec<u8>,
+    decoder: Decoder,
 }
 
 fn pages(run: &PageRun) -> std::ops::Range<usize> {

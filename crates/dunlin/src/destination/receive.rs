@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use super::Event;
-use super::placement::Placement;
+use super::placement::{Placement, Staging};
 use crate::error::Cause;
 use crate::link::{ChannelCounters, CpuTime, FrameReceiver, LastHeard, Place, Places, Received, contain, spawn};
 use crate::wire::Message;
@@ -57,6 +57,7 @@ pub(super) struct Receiving {
     pub(super) heard: Arc<LastHeard>,
     pub(super) events: Sender<Event>,
     pub(super) places: Arc<Places>,
+    pub(super) staging: Staging,
 }
 
 impl Receiving {
@@ -95,7 +96,7 @@ impl Receiving {
         self.heard.touch();
         match (received, self.carries.channel()) {
             (Received::Pages(frame), Some(_)) => {
-                self.placement.place(&self.receiver, frame, runs, &self.counters)?;
+                self.placement.place(&self.receiver, frame, runs, &self.counters, &mut self.staging)?;
                 Ok(None)
             }
             (Received::Pages(_), None) => {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::compatibility;
 use super::device_state::DeviceState;
 use super::links::{Channel, Link};
-use super::placement::Placement;
+use super::placement::{Placement, Staging};
 use super::receive::{Carries, Receiving};
 use super::{Event, Shared};
 use crate::channel::Connection;
@@ -22,8 +22,11 @@ use crate::link::{
     ChannelCounters, FrameReceiver, FrameSender, HELLO_TOTAL_BYTES, LastHeard, Places, Pulse, SharedSender,
     answer_hello, contain, lock,
 };
-use crate::report::{Round, Status};
-use crate::wire::{Abort, AbortReason, HelloReply, MarkAck, Message, Offer, Role, Running, Section, SessionId, Start};
+use crate::parameters::Integrity;
+use crate::report::{PageCounts, Round, Status};
+use crate::wire::{
+    Abort, AbortReason, HelloReply, MarkAck, Message, Offer, Role, Running, Section, SessionId, Start, UNCHECKED_PAGES,
+};
 
 /// How long after a lost data channel the source's reason may take on the control connection.
 const REASON: Duration = Duration::from_secs(1);
@@ -168,6 +171,7 @@ impl<'a> Session<'a> {
             heard: heard.clone(),
             events: self.to_self.clone(),
             places: places.clone(),
+            staging: Staging::default(),
         };
         let mut link = Link { number, connection, places, sender: sender.clone(), pulse: None, receiver: None };
         link.receiver = Some(receiving.start(&self.shared.cpu)?);
@@ -280,7 +284,8 @@ impl<'a> Session<'a> {
             return Err(Cause::Incompatible { reason });
         }
         let features = compatibility::check(start, &**self.shared.guest.machine())?;
-        self.placement.open();
+        let unchecked = features.iter().any(|feature| feature == UNCHECKED_PAGES);
+        self.placement.open(if unchecked { Integrity::None } else { Integrity::Checksum })?;
         self.expected = Some(start.channels);
         self.channels_due = Instant::now() + lock(&self.shared.parameters).link_timeout;
         self.send(&Message::Accepted { features })?;
@@ -311,6 +316,7 @@ impl<'a> Session<'a> {
             heard: Arc::new(LastHeard::now()),
             events: self.to_self.clone(),
             places: places.clone(),
+            staging: Staging::default(),
         };
         let receiver = Some(receiving.start(&self.shared.cpu)?);
         self.channels.push(Channel { index, connection, places, receiver, round: 0 });
@@ -356,18 +362,13 @@ impl<'a> Session<'a> {
         }
         let began = Instant::now();
         self.placement.close();
-        let (mut zero, mut plain) = (0, 0);
+        let mut arrived = PageCounts::default();
         for (_, counters) in lock(&self.shared.channels).iter() {
-            let pages = counters.pages();
-            zero += pages.zero;
-            plain += pages.plain;
+            arrived += counters.pages();
         }
-        if (zero, plain) != (offer.zero_pages, offer.plain_pages) {
+        if arrived != offer.pages {
             return Err(Cause::Incompatible {
-                reason: format!(
-                    "the source sent {} zero and {} plain pages, {zero} and {plain} arrived",
-                    offer.zero_pages, offer.plain_pages
-                ),
+                reason: format!("the source sent {}, but {arrived} arrived", offer.pages),
             });
         }
         let sections = self.device_state.take(offer.sections)?;

@@ -1,11 +1,24 @@
-//! The kinds a page can travel as: one file each, and the one table that chooses.
+//! The kinds a page can travel as: one file each, and the one table.
 //!
-//! [`KINDS`] is in the order in which kinds are tried: the first whose encoder takes the page wins, `plain` takes
-//! every page. A new kind is a file and a row. What must stay true: a decoder given what its encoder made gives back
-//! the page, byte for byte; a decoder given anything else gives an error and touches nothing outside the page.
+//! [`KINDS`] is in the order in which kinds are tried, cheapest first: `zero`, `delta` against the version last sent,
+//! `lz4` or `zstd` where one is asked for, `plain`, which takes every page. `encoder` chooses by it. A new kind is a
+//! file and a row. What must stay true: a decoder given what its encoder made gives back the pages, byte for byte; a
+//! decoder given anything else gives an error and touches nothing outside the run.
 
+pub(crate) mod delta;
+mod lz4;
 mod plain;
 mod zero;
+mod zstd;
+
+mod decoder;
+mod encoder;
+
+pub(crate) use decoder::{Decoder, PlaceError};
+pub(crate) use encoder::{Compression, Encoder, Link, Out};
+
+/// The most guest RAM that is compressed as one, which bounds a decoder's buffer.
+pub(crate) const MAX_UNIT_BYTES: usize = 64 << 10;
 
 /// The kind a page travels as. Its number is what the wire carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -15,6 +28,26 @@ pub(crate) enum PageKind {
     Zero = 0,
     /// As it is.
     Plain = 1,
+    /// What changed since the version last sent.
+    Delta = 2,
+    /// Compressed, an LZ4 block.
+    Lz4 = 3,
+    /// Compressed, a Zstandard frame.
+    Zstd = 4,
+}
+
+/// Bytes that no encoder makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// Of a delta.
+    #[error("not a delta of a page")]
+    Delta,
+    /// Of an LZ4 block.
+    #[error("not an LZ4 block of the length announced")]
+    Lz4,
+    /// Of a Zstandard frame.
+    #[error("not a Zstandard frame of the length announced")]
+    Zstd,
 }
 
 /// One row of the table.
@@ -22,22 +55,38 @@ struct Kind {
     kind: PageKind,
     /// The feature's name in the negotiation.
     feature: &'static str,
-    /// Whether the encoder takes this page, and how many bytes it gave to `encoded`.
-    encode: fn(page: &[u8], encoded: &mut Vec<u8>) -> bool,
+    /// Whether two runs next to each other are the same as one.
+    joins: Joins,
     /// Whether a run of `length` bytes of RAM can be encoded in `encoded_length` bytes.
     accepts: fn(length: u32, encoded_length: u32) -> bool,
 }
 
+#[derive(PartialEq, Eq)]
+enum Joins {
+    Yes,
+    No,
+}
+
 /// All kinds, in the order in which they are tried.
 static KINDS: &[Kind] = &[
-    Kind { kind: PageKind::Zero, feature: "page-zero", encode: zero::encode, accepts: zero::accepts },
-    Kind { kind: PageKind::Plain, feature: "page-plain", encode: plain::encode, accepts: plain::accepts },
+    Kind { kind: PageKind::Zero, feature: "page-zero", joins: Joins::Yes, accepts: zero::accepts },
+    Kind { kind: PageKind::Delta, feature: "page-delta", joins: Joins::No, accepts: delta::accepts },
+    Kind { kind: PageKind::Lz4, feature: "page-lz4", joins: Joins::No, accepts: lz4::accepts },
+    Kind { kind: PageKind::Zstd, feature: "page-zstd", joins: Joins::No, accepts: zstd::accepts },
+    Kind { kind: PageKind::Plain, feature: "page-plain", joins: Joins::Yes, accepts: plain::accepts },
 ];
 
 impl PageKind {
+    /// How many there are; their numbers are below.
+    pub(crate) const COUNT: usize = 5;
+
     /// The wire's number.
     pub(crate) fn number(self) -> u8 {
         self as u8
+    }
+
+    fn row(self) -> Option<&'static Kind> {
+        KINDS.iter().find(|row| row.kind == self)
     }
 
     /// The kind of that number.
@@ -47,45 +96,198 @@ impl PageKind {
 
     /// Whether a run of `length` bytes of RAM can be encoded in `encoded_length` bytes.
     pub(crate) fn accepts(self, length: u32, encoded_length: u32) -> bool {
-        KINDS.iter().any(|row| row.kind == self && (row.accepts)(length, encoded_length))
+        self.row().is_some_and(|row| (row.accepts)(length, encoded_length))
+    }
+
+    /// Whether two runs of it that are next to each other may travel as one.
+    pub(crate) fn joins(self) -> bool {
+        self.row().is_some_and(|row| row.joins == Joins::Yes)
+    }
+
+    /// The feature's name in the negotiation.
+    pub(crate) fn feature(self) -> &'static str {
+        self.row().map_or("", |row| row.feature)
     }
 }
 
-/// The features that stand for page kinds; every one is needed at the destination, as the source may use it.
+/// The features that stand for page kinds.
 pub(crate) fn features() -> impl Iterator<Item = &'static str> {
     KINDS.iter().map(|row| row.feature)
 }
 
-/// Chooses the kind of `page` and appends its encoding to `encoded`.
-pub(crate) fn encode(page: &[u8], encoded: &mut Vec<u8>) -> PageKind {
-    KINDS.iter().find(|row| (row.encode)(page, encoded)).map_or(PageKind::Plain, |row| row.kind)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::collections::HashMap;
+    use std::sync::Arc;
+    use std::time::Duration;
 
-    #[test]
-    fn the_table_chooses() {
-        let mut page = vec![0u8; 4096];
-        let mut encoded = Vec::new();
-        assert_eq!(encode(&page, &mut encoded), PageKind::Zero);
-        assert!(encoded.is_empty());
-        for position in [0, 1, 7, 8, 63, 64, 2048, 4095] {
-            page[position] = 1;
-            encoded.clear();
-            assert_eq!(encode(&page, &mut encoded), PageKind::Plain, "byte {position}");
-            assert_eq!(encoded, page);
-            page[position] = 0;
-        }
-    }
+    use proptest::prelude::*;
+    use vm_memory::MmapRegion;
+
+    use super::*;
+    use crate::memory::{PAGE_SIZE, RamBlock};
+
+    const PAGE: usize = PAGE_SIZE as usize;
+    const PAGES: usize = 16;
 
     #[test]
     fn numbers_are_the_wire_s() {
         for row in KINDS {
             assert_eq!(PageKind::from_number(row.kind.number()), Some(row.kind));
         }
-        assert_eq!((PageKind::Zero.number(), PageKind::Plain.number()), (0, 1));
-        assert_eq!(PageKind::from_number(2), None);
+        let mut numbers: Vec<u8> = KINDS.iter().map(|row| row.kind.number()).collect();
+        numbers.sort_unstable();
+        assert_eq!(numbers, (0..PageKind::COUNT as u8).collect::<Vec<_>>());
+        assert_eq!(PageKind::from_number(PageKind::COUNT as u8), None);
+    }
+
+    /// What the encoder says of each run, and the versions it may use.
+    #[derive(Default)]
+    struct Collected {
+        data: Vec<u8>,
+        runs: Vec<(PageKind, u64, usize, usize)>,
+        versions: HashMap<u64, Vec<u8>>,
+    }
+
+    impl Out for Collected {
+        fn data(&mut self) -> &mut Vec<u8> {
+            &mut self.data
+        }
+
+        fn push(&mut self, kind: PageKind, offset: u64, pages: &[u8], encoded: usize) {
+            self.runs.push((kind, offset, pages.len(), encoded));
+        }
+
+        fn sent_before(&mut self, offset: u64) -> Option<&[u8]> {
+            self.versions.get(&offset).map(Vec::as_slice)
+        }
+    }
+
+    fn block() -> RamBlock {
+        let region = MmapRegion::<()>::new(PAGES * PAGE).unwrap();
+        RamBlock::new("ram", Arc::new(region)).unwrap()
+    }
+
+    fn slow_link() -> Link {
+        let mut link = Link::default();
+        link.sent(64 << 20, Duration::from_secs(60));
+        link
+    }
+
+    /// Zero, random, text, or the same as before but for some bytes.
+    fn page() -> impl Strategy<Value = (u8, Vec<u8>)> {
+        (0u8..4, any::<u64>()).prop_map(|(kind, seed)| {
+            let random = |n: usize| (seed ^ n as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+            let bytes = match kind {
+                0 => vec![0; PAGE],
+                1 => (0..PAGE).map(|n| random(n) as u8).collect(),
+                _ => b"the page of a guest ".iter().copied().cycle().skip(random(1) as usize % 20).take(PAGE).collect(),
+            };
+            (kind, bytes)
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Whatever the pages and whatever is asked for, decoding gives the pages, and every run is one the wire takes.
+        #[test]
+        fn round_trip(
+            pages in proptest::collection::vec(page(), PAGES),
+            compression in prop::sample::select(vec![
+                Compression::None,
+                Compression::Lz4,
+                Compression::Zstd { level: 1 },
+                Compression::Zstd { level: -5 },
+                Compression::Zstd { level: 19 },
+            ]),
+            known in proptest::collection::vec(any::<bool>(), PAGES),
+        ) {
+            let block = block();
+            let mut out = Collected::default();
+            for (n, ((kind, bytes), known)) in pages.iter().zip(known).enumerate() {
+                if known {
+                    let mut old = bytes.clone();
+                    old[n * 7] ^= 1;
+                    if *kind == 1 {
+                        old.reverse();
+                    }
+                    block.write((n * PAGE) as u64, &old).unwrap();
+                    out.versions.insert((n * PAGE) as u64, old);
+                }
+            }
+            let all: Vec<u8> = pages.iter().flat_map(|(_, bytes)| bytes.clone()).collect();
+            Encoder::new(compression).unwrap().encode(&all, 0, &slow_link(), &mut out);
+
+            let (mut at, mut done) = (0, 0);
+            let mut decoder = Decoder::default();
+            for (kind, offset, length, encoded) in out.runs {
+                prop_assert_eq!(offset as usize, done, "runs are in order and without gaps");
+                prop_assert!(kind.accepts(length as u32, encoded as u32), "{:?} {} {}", kind, length, encoded);
+                decoder.decode(kind, &out.data[at..at + encoded], &block, offset, length).unwrap();
+                at += encoded;
+                done += length;
+            }
+            prop_assert_eq!((at, done), (out.data.len(), PAGES * PAGE));
+            let mut ram = vec![0; PAGES * PAGE];
+            block.read(0, &mut ram).unwrap();
+            prop_assert!(ram == all, "RAM is not what was encoded");
+        }
+
+        /// Any bytes as any kind: an error, or pages; nothing outside the run changes.
+        #[test]
+        fn anything_decodes_or_is_refused(
+            kind in prop::sample::select(vec![PageKind::Delta, PageKind::Lz4, PageKind::Zstd]),
+            encoded in proptest::collection::vec(any::<u8>(), 0..300),
+            pages in 1..4usize,
+        ) {
+            let block = block();
+            block.write(0, &[7; PAGES * PAGE]).unwrap();
+            let length = if kind == PageKind::Delta { PAGE } else { pages * PAGE };
+            let _ = Decoder::default().decode(kind, &encoded, &block, PAGE_SIZE, length);
+            let mut ram = vec![0; PAGES * PAGE];
+            block.read(0, &mut ram).unwrap();
+            prop_assert!(ram[..PAGE].iter().chain(&ram[PAGE + length..]).all(|byte| *byte == 7));
+        }
+    }
+
+    #[test]
+    fn the_cheapest_that_is_enough() {
+        let text: Vec<u8> = b"a guest writes words ".iter().copied().cycle().take(2 * PAGE).collect();
+        let random: Vec<u8> = (0..PAGE as u64).map(|n| (n.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as u8).collect();
+        let all = [vec![0; PAGE], text.clone(), random.clone(), random, text].concat();
+        let mut out = Collected::default();
+        let mut old = all[3 * PAGE..4 * PAGE].to_vec();
+        old[9] ^= 1;
+        out.versions.insert(3 * PAGE_SIZE, old);
+        Encoder::new(Compression::Lz4).unwrap().encode(&all, 0, &slow_link(), &mut out);
+        let kinds: Vec<_> = out.runs.iter().map(|(kind, _, length, _)| (*kind, length / PAGE)).collect();
+        use PageKind::{Delta, Lz4, Zero};
+        assert_eq!(kinds, [(Zero, 1), (Lz4, 2), (Delta, 1), (Lz4, 3)], "{kinds:?}");
+    }
+
+    /// On a link with room a compressor is only tried now and then, and so it is on memory that does not shrink.
+    #[test]
+    fn compresses_where_it_pays() {
+        let text: Vec<u8> = b"a guest writes words ".iter().copied().cycle().take(MAX_UNIT_BYTES).collect();
+        let mut state = 1u64;
+        let random: Vec<u8> = std::iter::repeat_with(|| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 24) as u8
+        })
+        .take(MAX_UNIT_BYTES)
+        .collect();
+        let compressed = |pages: &[u8], link: &Link| {
+            let mut encoder = Encoder::new(Compression::Zstd { level: 3 }).unwrap();
+            let mut out = Collected::default();
+            (0..1000).for_each(|_| encoder.encode(pages, 0, link, &mut out));
+            out.runs.iter().filter(|(kind, ..)| *kind == PageKind::Zstd).count()
+        };
+        assert_eq!(compressed(&text, &slow_link()), 1000);
+        let tries = compressed(&text, &Link::default());
+        assert!((10..60).contains(&tries), "{tries}");
+        assert_eq!(compressed(&random, &slow_link()), 0);
     }
 }

@@ -1,9 +1,8 @@
 //! `plain`: the bytes as they are. Takes every page.
 
-/// Takes any page.
-pub(super) fn encode(page: &[u8], encoded: &mut Vec<u8>) -> bool {
-    encoded.extend_from_slice(page);
-    true
+/// Takes any pages.
+pub(super) fn encode(pages: &[u8], encoded: &mut Vec<u8>) {
+    encoded.extend_from_slice(pages);
 }
 
 /// As many bytes as there are in RAM.

@@ -1,7 +1,7 @@
 //! `zero`: a run of zero bytes. Only its place travels.
 
-/// Takes a page of zeros.
-pub(super) fn encode(page: &[u8], _encoded: &mut Vec<u8>) -> bool {
+/// Whether a page is all zeros.
+pub(super) fn is(page: &[u8]) -> bool {
     // Most pages that are not zero show it in their first words; the rest is read 64 bytes at a time, which the
     // compiler turns into vector instructions.
     let (blocks, rest) = page.as_chunks::<64>();

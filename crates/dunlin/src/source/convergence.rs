@@ -24,6 +24,8 @@ pub(super) const MEMORY: usize = 64;
 pub(super) struct RoundFigures {
     /// How long it took, until the destination had everything in its place.
     pub(super) duration: Duration,
+    /// RAM covered.
+    pub(super) ram_bytes: u64,
     /// Bytes on all channels.
     pub(super) transferred_bytes: u64,
     /// RAM that was dirty at its end.
@@ -86,8 +88,18 @@ pub(super) fn bandwidth(rounds: &[RoundFigures], max_bandwidth: u64) -> u64 {
     if max_bandwidth == 0 { measured } else { measured.min(max_bandwidth) }
 }
 
+/// Bytes that RAM dirtied again takes on the way, for each of its own: below 1 where pages travel as deltas or
+/// compressed. The first round, of all of RAM, does not tell.
+fn encoded_part(rounds: &[RoundFigures]) -> f64 {
+    match rounds {
+        [_, .., last] if last.ram_bytes > 0 => (last.transferred_bytes as f64 / last.ram_bytes as f64).min(1.0),
+        _ => 1.0,
+    }
+}
+
 fn predict(rounds: &[RoundFigures], costs: &Costs) -> Duration {
     let dirty = rounds.last().map_or(0, |round| round.dirty_bytes);
+    let dirty = (dirty as f64 * encoded_part(rounds)) as u64;
     let measured = bandwidth(rounds, costs.max_bandwidth);
     let stopped = (measured as f64 * costs.speedup_when_stopped.max(1.0)) as u64;
     let stopped = if costs.max_bandwidth == 0 { stopped } else { stopped.min(costs.max_bandwidth) };
@@ -100,6 +112,7 @@ pub(super) fn decide(rounds: &[RoundFigures], costs: &Costs, downtime_limit: Dur
     let predicted = predict(rounds, costs);
     let last = rounds.last().copied().unwrap_or(RoundFigures {
         duration: Duration::ZERO,
+        ram_bytes: 0,
         transferred_bytes: 0,
         dirty_bytes: 0,
         dirty_rate: 0,
@@ -113,8 +126,10 @@ pub(super) fn decide(rounds: &[RoundFigures], costs: &Costs, downtime_limit: Dur
         return Verdict { decision: Decision::AnotherRound, predicted, bandwidth, not_converging, fixed_too_long };
     }
     let pays = {
-        let now = seconds(last.dirty_bytes, bandwidth);
-        let next = seconds(last.dirty_bytes.min((last.dirty_rate as f64 * now) as u64), bandwidth);
+        let part = encoded_part(rounds);
+        let time = |dirty_bytes: u64| seconds((dirty_bytes as f64 * part) as u64, bandwidth);
+        let now = time(last.dirty_bytes);
+        let next = time(last.dirty_bytes.min((last.dirty_rate as f64 * now) as u64));
         let gain = duration(now - next);
         gain > WORTH.max(predicted.mul_f64(WORTH_PART))
     };
@@ -156,6 +171,7 @@ mod tests {
             let dirty = working_set as f64 * (1.0 - (-touched / working_set.max(1) as f64).exp());
             rounds.push(RoundFigures {
                 duration: duration(time),
+                ram_bytes: to_send,
                 transferred_bytes: to_send,
                 dirty_bytes: dirty as u64,
                 dirty_rate: rate,
@@ -204,6 +220,7 @@ mod tests {
     fn the_limit_is_a_ceiling() {
         let round = |dirty_bytes| RoundFigures {
             duration: Duration::from_secs(1),
+            ram_bytes: 1000 * MIB,
             transferred_bytes: 1000 * MIB,
             dirty_bytes,
             dirty_rate: 0,
@@ -216,11 +233,34 @@ mod tests {
         assert!(verdict.not_converging && verdict.fixed_too_long);
     }
 
+    /// Pages that travel as deltas stop the guest for as long as the deltas take.
+    #[test]
+    fn what_shrinks_counts_as_it_travels() {
+        let round = |ram_bytes, transferred_bytes| RoundFigures {
+            duration: Duration::from_secs(1),
+            ram_bytes,
+            transferred_bytes,
+            dirty_bytes: 100 * MIB,
+            dirty_rate: 0,
+        };
+        let costs = Costs { fixed: Duration::ZERO, ..COSTS };
+        let first = round(4000 * MIB, 1000 * MIB);
+        let predicted = |rounds: &[RoundFigures]| decide(rounds, &costs, LIMIT).predicted.as_secs_f64();
+        assert!((predicted(&[first]) - 0.1).abs() < 0.001, "zero pages of the first round tell nothing");
+        assert!(
+            (predicted(&[first, round(1000 * MIB, 100 * MIB)]) - 0.1).abs() < 0.001,
+            "a tenth of the bytes at a tenth of the rate"
+        );
+        let last = RoundFigures { duration: Duration::from_millis(100), ..round(1000 * MIB, 100 * MIB) };
+        assert!((predicted(&[first, last]) - 0.01).abs() < 0.001);
+    }
+
     /// A limit set below what was measured counts at once.
     #[test]
     fn a_new_bandwidth_limit_counts() {
         let round = RoundFigures {
             duration: Duration::from_secs(1),
+            ram_bytes: 1000 * MIB,
             transferred_bytes: 1000 * MIB,
             dirty_bytes: 10 * MIB,
             dirty_rate: 0,

@@ -72,7 +72,7 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
         });
         *lock(&shared.common) = Some(common.clone());
         let single = shared.uri.connections() == Connections::Single;
-        Ok((Workers::start(&common, &channels, single, events, &shared.cpu)?, common))
+        Ok((Workers::start(&common, &channels, single, events, shared)?, common))
     };
     let (workers, common) = match contain("source", start) {
         Ok(started) => started,
@@ -211,7 +211,8 @@ impl Migration<'_> {
         if self.rounds.len() >= convergence::MEMORY {
             self.rounds.remove(0);
         }
-        self.rounds.push(RoundFigures { duration, transferred_bytes: moved, dirty_bytes, dirty_rate });
+        let ram_bytes = pages.total().saturating_mul(crate::memory::PAGE_SIZE);
+        self.rounds.push(RoundFigures { duration, ram_bytes, transferred_bytes: moved, dirty_bytes, dirty_rate });
         let (limit, max_bandwidth) = {
             let parameters = lock(&self.shared.parameters);
             (parameters.downtime_limit, parameters.max_bandwidth)
@@ -223,10 +224,9 @@ impl Migration<'_> {
         let round = RoundDone {
             number,
             duration,
-            ram_bytes: (pages.zero + pages.plain).saturating_mul(crate::memory::PAGE_SIZE),
+            ram_bytes,
             transferred_bytes: moved,
-            zero_pages: pages.zero,
-            plain_pages: pages.plain,
+            pages,
             dirty_bytes,
             bandwidth: verdict.bandwidth,
             dirty_rate,
@@ -269,12 +269,9 @@ impl Migration<'_> {
         let moved = self.shared.transferred_bytes();
         let mut pages = PageCounts::default();
         for counters in lock(&self.shared.channels).iter() {
-            let counted = counters.pages();
-            pages.zero += counted.zero;
-            pages.plain += counted.plain;
+            pages += counters.pages();
         }
-        let since =
-            PageCounts { zero: pages.zero - self.pages_before.zero, plain: pages.plain - self.pages_before.plain };
+        let since = pages.since(self.pages_before);
         let bytes = moved.saturating_sub(std::mem::replace(&mut self.moved_before, moved));
         self.pages_before = pages;
         (bytes, since)
@@ -297,7 +294,7 @@ impl From<&RoundDone> for Round {
             seconds: round.duration.as_secs_f64(),
             ram_bytes: round.ram_bytes,
             transferred_bytes: round.transferred_bytes,
-            pages: PageCounts { zero: round.zero_pages, plain: round.plain_pages },
+            pages: round.pages,
             dirty_bytes: round.dirty_bytes,
             bandwidth_bytes_per_second: round.bandwidth,
             dirty_bytes_per_second: round.dirty_rate,

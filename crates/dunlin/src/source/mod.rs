@@ -10,6 +10,7 @@ mod migration;
 mod pacing;
 mod setup;
 mod switchover;
+mod versions;
 mod worker;
 mod workers;
 
@@ -26,7 +27,7 @@ use crate::guest::{Guest, Resume};
 use crate::handover::SourceState;
 use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
 use crate::parameters::{ParameterError, Parameters};
-use crate::report::{Report, Status};
+use crate::report::{DeltaCounts, Report, Status};
 use crate::wire::{Message, Offer, SessionId};
 use pacing::Pacer;
 use setup::Control;
@@ -188,8 +189,11 @@ impl Shared {
         report.channels =
             lock(&self.channels).iter().enumerate().map(|(index, counters)| counters.report(index as u8)).collect();
         for channel in &report.channels {
-            report.ram.pages.zero += channel.pages.zero;
-            report.ram.pages.plain += channel.pages.plain;
+            report.ram.pages += channel.pages;
+        }
+        report.delta = DeltaCounts::default();
+        for counters in lock(&self.channels).iter() {
+            report.delta += *lock(&counters.delta);
         }
         report.cpu_seconds.source = Some(self.cpu.total().as_secs_f64());
         report

@@ -12,8 +12,9 @@ use crate::link::{
     ChannelCounters, FrameReceiver, FrameSender, HELLO_TOTAL_BYTES, LastHeard, Places, Pulse, SharedSender, lock,
     say_hello, spawn,
 };
-use crate::page;
-use crate::wire::{AbortReason, Feature, Message, Role, SessionId, Start};
+use crate::page::{self, PageKind};
+use crate::parameters::{Integrity, MultifdCompression, Parameters, Switch};
+use crate::wire::{AbortReason, Feature, Message, Role, SessionId, Start, UNCHECKED_PAGES};
 
 /// A data channel: its sender and its figures.
 pub(super) struct DataChannel {
@@ -140,7 +141,7 @@ pub(super) fn agree(
     let control = Control::open(connection, control_counters.clone(), shared, events.clone())?;
     let machine = shared.guest.machine();
     let start = Start {
-        features: page::features().map(|name| Feature { name: name.to_owned(), required: true }).collect(),
+        features: features(&lock(&shared.parameters)),
         channels: wanted,
         blocks: Start::layout(machine.ram()),
         profile: machine.profile(),
@@ -174,6 +175,22 @@ pub(super) fn agree(
     }
     lock(&shared.channels).extend(channels.iter().map(|channel| channel.counters.clone()));
     Ok((control, channels))
+}
+
+/// What the destination must know for this migration, and what it may.
+fn features(parameters: &Parameters) -> Vec<Feature> {
+    let used = |name: &str| match name {
+        _ if name == PageKind::Delta.feature() => parameters.xbzrle == Switch::On,
+        _ if name == PageKind::Lz4.feature() => parameters.multifd_compression == MultifdCompression::Lz4,
+        _ if name == PageKind::Zstd.feature() => parameters.multifd_compression == MultifdCompression::Zstd,
+        _ => true,
+    };
+    let mut features: Vec<_> =
+        page::features().map(|name| Feature { name: name.to_owned(), required: used(name) }).collect();
+    if parameters.integrity == Integrity::None {
+        features.push(Feature { name: UNCHECKED_PAGES.to_owned(), required: true });
+    }
+    features
 }
 
 /// What an Abort from the destination means here.

@@ -114,8 +114,7 @@ impl Migration<'_> {
         {
             let mut handover = lock(&shared.handover);
             let run = handover.run == Resume::Run;
-            handover.offer =
-                Some(Offer { last_round: round, sections, zero_pages: pages.zero, plain_pages: pages.plain, run });
+            handover.offer = Some(Offer { last_round: round, sections, pages, run });
         }
         self.apply(SourceEvent::Offer)?;
         self.await_ready()?;
@@ -154,8 +153,7 @@ impl Migration<'_> {
             duration,
             ram_bytes: dirty_bytes,
             transferred_bytes,
-            zero_pages: pages.zero,
-            plain_pages: pages.plain,
+            pages,
             dirty_bytes: 0,
             bandwidth: (transferred_bytes as f64 / duration.as_secs_f64().max(1e-9)) as u64,
             dirty_rate,

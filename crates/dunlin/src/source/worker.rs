@@ -9,14 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::pacing::Pacer;
+use super::versions::Versions;
 use crate::error::Cause;
 use crate::link::{ChannelCounters, SharedSender, lock};
 use crate::memory::{CHUNK_SIZE, DirtyBitmap, DirtyTracker, PAGE_SIZE, Ram, RamBlock};
-use crate::page::{self, PageKind};
-use crate::wire::{ENTRY_BYTES, MAX_ENTRIES, Mark, Message, PageRun, encode_run};
-
-/// Pages copied out of guest RAM at once; small enough to stay in the first-level caches.
-const COPY_BYTES: usize = 64 << 10;
+use crate::page::{self, Encoder, Link, MAX_UNIT_BYTES, PageKind};
+use crate::parameters::Integrity;
+use crate::wire::{DataDigest, ENTRY_BYTES, MAX_ENTRIES, Mark, Message, PageRun, encode_run};
 
 /// Dirty RAM of the whole machine and when each chunk was last re-armed.
 pub(super) struct DirtyRam {
@@ -83,24 +82,54 @@ pub(super) struct Worker {
     pub(super) common: Arc<Common>,
     pub(super) sender: SharedSender,
     pub(super) counters: Arc<ChannelCounters>,
+    pub(super) encoder: Encoder,
+    pub(super) link: Link,
     pub(super) frame: Frame,
     /// Of the range at hand, what is not a hole.
     pub(super) parts: Vec<Range<u64>>,
 }
 
-/// A Pages frame in the making.
-#[derive(Debug, Default)]
+/// A Pages frame in the making, and the versions that its pages replace at the destination.
+#[derive(Debug)]
 pub(super) struct Frame {
     runs: Vec<PageRun>,
     table: Vec<u8>,
     data: Vec<u8>,
+    /// Of the pages as the guest wrote them, where pages are to be checked.
+    digest: Option<DataDigest>,
+    pub(super) versions: Option<Versions>,
 }
 
 impl Frame {
+    /// With checksums if `integrity` asks for them, with deltas against `versions` if there are.
+    pub(super) fn new(integrity: Integrity, versions: Option<Versions>) -> Self {
+        let digest = (integrity == Integrity::Checksum).then(DataDigest::default);
+        Self { runs: Vec::new(), table: Vec::new(), data: Vec::new(), digest, versions }
+    }
+
+    fn check(&mut self, kind: PageKind, pages: &[u8]) {
+        if let (Some(digest), true) = (&mut self.digest, kind != PageKind::Zero) {
+            digest.update(pages);
+        }
+    }
+
+    fn checksum(&self) -> u64 {
+        self.digest.as_ref().map_or(0, DataDigest::value)
+    }
+
+    fn clear(&mut self) {
+        self.runs.clear();
+        self.data.clear();
+        if let Some(digest) = &mut self.digest {
+            *digest = DataDigest::default();
+        }
+    }
+
     /// Adds a run whose encoding is already in `data`, joined to the run before where they are one.
     fn push(&mut self, run: PageRun) {
         if let Some(last) = self.runs.last_mut()
             && (last.block, last.kind) == (run.block, run.kind)
+            && run.kind.joins()
             && last.offset.checked_add(u64::from(last.length)) == Some(run.offset)
             && let Some(length) = last.length.checked_add(run.length)
         {
@@ -116,6 +145,9 @@ impl Worker {
     /// Sends the dirty pages of this worker's chunks, then the round's mark; gives when the mark was sent.
     pub(super) fn round(&mut self, round: u32) -> Result<Instant, Cause> {
         let common = self.common.clone();
+        if let Some(versions) = &mut self.frame.versions {
+            versions.begin(round);
+        }
         let mut first_chunk = 0;
         for (index, block) in common.ram.blocks().iter().enumerate() {
             let Some(bitmap) = common.dirty.bitmaps.get(index) else { continue };
@@ -127,6 +159,9 @@ impl Worker {
             first_chunk += bitmap.chunks();
         }
         self.flush()?;
+        if let Some(versions) = &self.frame.versions {
+            *lock(&self.counters.delta) = versions.counts;
+        }
         let marked = Instant::now();
         lock(&self.sender).send(&Message::Mark(Mark { round }))?;
         Ok(marked)
@@ -173,13 +208,13 @@ impl Worker {
         let mut at = bytes.start;
         for part in &parts {
             if part.start > at {
-                self.push(index, PageKind::Zero, at, part.start - at, 0)?;
+                self.hole(index, at..part.start)?;
             }
             self.run(index, block, part.clone())?;
             at = part.end;
         }
         if bytes.end > at {
-            self.push(index, PageKind::Zero, at, bytes.end - at, 0)?;
+            self.hole(index, at..bytes.end)?;
         }
         self.parts = parts;
         Ok(())
@@ -187,31 +222,41 @@ impl Worker {
 
     /// Copies pages out of guest RAM, chooses the kind of each, and puts them into frames.
     fn run(&mut self, index: u16, block: &RamBlock, bytes: Range<u64>) -> Result<(), Cause> {
-        let mut buffer = [0u8; COPY_BYTES];
+        let mut buffer = [0u8; MAX_UNIT_BYTES];
+        // A slow stream is evener in small pieces.
+        let most = (self.common.pacer.frame_bytes() / PAGE_SIZE * PAGE_SIZE).clamp(PAGE_SIZE, MAX_UNIT_BYTES as u64);
         let mut at = bytes.start;
         while at < bytes.end {
-            let length = (bytes.end - at).min(COPY_BYTES as u64);
+            let length = (bytes.end - at).min(most);
             let copy = buffer.get_mut(..length as usize).unwrap_or_default();
             block.read(at, copy)?;
-            for page in copy.chunks_exact(PAGE_SIZE as usize) {
-                let before = self.frame.data.len();
-                let kind = page::encode(page, &mut self.frame.data);
-                let encoded = self.frame.data.len() - before;
-                self.push(index, kind, at, PAGE_SIZE, encoded as u32)?;
-                at += PAGE_SIZE;
-            }
+            let mut out = Sending { block: index, frame: &mut self.frame, counters: &self.counters };
+            self.encoder.encode(copy, at, &self.link, &mut out);
+            self.flush_if_full()?;
+            at += length;
         }
         Ok(())
     }
 
-    fn push(&mut self, block: u16, kind: PageKind, offset: u64, length: u64, encoded: u32) -> Result<(), Cause> {
-        self.frame.push(PageRun { block, kind, offset, length: length as u32, encoded_length: encoded });
-        let counter = match kind {
-            PageKind::Zero => &self.counters.zero_pages,
-            PageKind::Plain => &self.counters.plain_pages,
-        };
-        counter.fetch_add(length / PAGE_SIZE, Ordering::Relaxed);
-        if self.frame.data.len() as u64 >= self.common.pacer.frame_bytes() || self.frame.runs.len() >= MAX_ENTRIES {
+    /// A run of zeros that nobody has to look at.
+    fn hole(&mut self, block: u16, bytes: Range<u64>) -> Result<(), Cause> {
+        let length = bytes.end.saturating_sub(bytes.start);
+        self.frame.push(PageRun {
+            block,
+            kind: PageKind::Zero,
+            offset: bytes.start,
+            length: length as u32,
+            encoded_length: 0,
+        });
+        self.counters.count(PageKind::Zero, length);
+        self.flush_if_full()
+    }
+
+    fn flush_if_full(&mut self) -> Result<(), Cause> {
+        // Room for another unit whose pages are a run each.
+        const ROOM: usize = MAX_UNIT_BYTES / PAGE_SIZE as usize;
+        let frame = &self.frame;
+        if frame.data.len() as u64 >= self.common.pacer.frame_bytes() || frame.runs.len() + ROOM > MAX_ENTRIES {
             self.flush()?;
         }
         Ok(())
@@ -226,11 +271,47 @@ impl Worker {
         for run in &self.frame.runs {
             encode_run(&mut self.frame.table, run);
         }
-        let bytes = self.frame.data.len() + self.frame.runs.len() * ENTRY_BYTES;
-        self.common.pacer.pay(bytes as u64, &self.common.stop);
-        lock(&self.sender).send_pages(&self.frame.table, &self.frame.data)?;
-        self.frame.runs.clear();
-        self.frame.data.clear();
+        let bytes = (self.frame.data.len() + self.frame.runs.len() * ENTRY_BYTES) as u64;
+        let began = Instant::now();
+        self.common.pacer.pay(bytes, &self.common.stop);
+        lock(&self.sender).send_pages(&self.frame.table, &self.frame.data, self.frame.checksum())?;
+        self.link.sent(bytes, began.elapsed());
+        self.frame.clear();
         Ok(())
+    }
+}
+
+/// Where the encoder puts what it makes.
+struct Sending<'a> {
+    block: u16,
+    frame: &'a mut Frame,
+    counters: &'a ChannelCounters,
+}
+
+impl page::Out for Sending<'_> {
+    fn data(&mut self) -> &mut Vec<u8> {
+        &mut self.frame.data
+    }
+
+    fn push(&mut self, kind: PageKind, offset: u64, pages: &[u8], encoded: usize) {
+        let length = pages.len() as u64;
+        self.frame.push(PageRun {
+            block: self.block,
+            kind,
+            offset,
+            length: length as u32,
+            encoded_length: encoded as u32,
+        });
+        self.counters.count(kind, length);
+        self.frame.check(kind, pages);
+        let Some(versions) = &mut self.frame.versions else { return };
+        versions.count(kind, self.block, offset..offset.saturating_add(length), encoded);
+        for (page, at) in pages.chunks_exact(PAGE_SIZE as usize).zip((offset..).step_by(PAGE_SIZE as usize)) {
+            versions.sent(self.block, at, page);
+        }
+    }
+
+    fn sent_before(&mut self, offset: u64) -> Option<&[u8]> {
+        self.frame.versions.as_ref().and_then(|versions| versions.get(self.block, offset))
     }
 }

@@ -6,12 +6,15 @@ use std::sync::mpsc::{self, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::Event;
 use super::setup::DataChannel;
+use super::versions::Versions;
 use super::worker::{Common, Frame, Worker};
+use super::{Event, Shared};
 use crate::channel::Connection;
 use crate::error::Cause;
-use crate::link::{CpuTime, contain, lock, spawn};
+use crate::link::{contain, lock, spawn};
+use crate::page::{Compression, Encoder, Link};
+use crate::parameters::{MultifdCompression, Switch};
 
 /// How long a worker that shares its connection with the control messages may take to notice that it should stop,
 /// before the connection is cut under it.
@@ -33,8 +36,15 @@ impl Workers {
         channels: &[DataChannel],
         shares_control: bool,
         events: &Sender<Event>,
-        cpu: &Arc<CpuTime>,
+        shared: &Shared,
     ) -> Result<Self, Cause> {
+        let parameters = lock(&shared.parameters).clone();
+        let compression = match parameters.multifd_compression {
+            MultifdCompression::None => Compression::None,
+            MultifdCompression::Lz4 => Compression::Lz4,
+            MultifdCompression::Zstd => Compression::Zstd { level: parameters.multifd_zstd_level },
+        };
+        let cache_bytes = parameters.xbzrle_cache_size / channels.len().max(1) as u64;
         let mut workers = Self {
             rounds: Vec::new(),
             threads: Vec::new(),
@@ -49,12 +59,21 @@ impl Workers {
                 common: common.clone(),
                 sender: channel.sender.clone(),
                 counters: channel.counters.clone(),
-                frame: Frame::default(),
+                encoder: Encoder::new(compression).map_err(|source| Cause::Io {
+                    doing: "make",
+                    target: "a compressor".into(),
+                    source,
+                })?,
+                link: Link::default(),
+                frame: Frame::new(
+                    parameters.integrity,
+                    (parameters.xbzrle == Switch::On).then(|| Versions::new(cache_bytes)),
+                ),
                 parts: Vec::new(),
             };
             workers.connections.push(lock(&channel.sender).connection().clone());
             let (rounds, wanted) = mpsc::channel();
-            let (events, cpu) = (events.clone(), cpu.clone());
+            let (events, cpu) = (events.clone(), shared.cpu.clone());
             workers.threads.push(spawn("source worker", move || {
                 let mut meter = cpu.meter();
                 for round in wanted {

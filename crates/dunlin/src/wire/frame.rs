@@ -177,9 +177,22 @@ pub(crate) fn data_checksum(bytes: &[u8]) -> u64 {
     crc_fast::crc64_nvme(bytes)
 }
 
-/// CRC-64/NVME over all pieces that `feed` gives to its argument, as if they were one.
-pub(crate) fn data_checksum_with(feed: impl FnOnce(&mut dyn FnMut(&[u8]))) -> u64 {
-    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
-    feed(&mut |piece| digest.update(piece));
-    digest.finalize()
+/// CRC-64/NVME over pieces, as if they were one.
+#[derive(Debug)]
+pub(crate) struct DataDigest(crc_fast::Digest);
+
+impl Default for DataDigest {
+    fn default() -> Self {
+        Self(crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme))
+    }
+}
+
+impl DataDigest {
+    pub(crate) fn update(&mut self, piece: &[u8]) {
+        self.0.update(piece);
+    }
+
+    pub(crate) fn value(&self) -> u64 {
+        self.0.finalize()
+    }
 }

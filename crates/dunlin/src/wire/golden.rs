@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::error::GuestPlace;
 use crate::page::PageKind;
+use crate::report::PageCounts;
 
 const GOLDEN: &str = include_str!("../../tests/golden/v1.txt");
 const SESSION: SessionId = SessionId([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
@@ -44,12 +45,11 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
                 duration: nanos(2),
                 ram_bytes: 3,
                 transferred_bytes: 4,
-                zero_pages: 5,
-                plain_pages: 6,
-                dirty_bytes: 7,
-                bandwidth: 8,
-                dirty_rate: 9,
-                predicted_downtime: nanos(10),
+                pages: PageCounts { zero: 5, plain: 6, delta: 7, lz4: 8, zstd: 9 },
+                dirty_bytes: 10,
+                bandwidth: 11,
+                dirty_rate: 12,
+                predicted_downtime: nanos(13),
             }),
         ),
         ("mark", 3, Message::Mark(Mark { round: 9 })),
@@ -68,7 +68,12 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
         (
             "offer",
             6,
-            Message::Offer(Offer { last_round: 4, sections: 3, zero_pages: 100, plain_pages: 200, run: true }),
+            Message::Offer(Offer {
+                last_round: 4,
+                sections: 3,
+                pages: PageCounts { zero: 100, plain: 200, delta: 300, lz4: 400, zstd: 500 },
+                run: true,
+            }),
         ),
         ("ready", 7, Message::Ready),
         ("release", 8, Message::Release),
@@ -141,7 +146,29 @@ fn frames_are_golden() {
     let mut decoded = Vec::new();
     decode_runs(&table, 4096, &BLOCKS, &mut decoded).unwrap();
     assert_eq!(decoded, runs);
-    assert_eq!(golden.len(), 6 + messages().len() + 1, "every golden case is looked at");
+    a_delta_is_golden(&golden["pages-delta"]);
+    assert_eq!(golden.len(), 6 + messages().len() + 2, "every golden case is looked at");
+}
+
+fn a_delta_is_golden(bytes: &[u8]) {
+    let old = [0; 4096];
+    let mut page = old;
+    page[3] = 7;
+    page[300..302].copy_from_slice(&[8, 9]);
+    let mut data = Vec::new();
+    assert!(crate::page::delta::encode(&old, &page, 4096, &mut data));
+    let run = PageRun { block: 0, kind: PageKind::Delta, offset: 0, length: 4096, encoded_length: data.len() as u32 };
+    let mut table = Vec::new();
+    encode_run(&mut table, &run);
+    let header = FrameHeader {
+        frame_type: FrameType::Pages,
+        sequence: 5,
+        table_length: table.len() as u32,
+        data_length: data.len() as u32,
+        table_checksum: table_checksum(&table),
+        data_checksum: data_checksum(&page),
+    };
+    assert_eq!([&header.encode(), table.as_slice(), &data].concat(), bytes);
 }
 
 /// Every single flipped bit of every hello, answer and header is found.

@@ -7,6 +7,8 @@ use super::codec::{Reader, Writer};
 use super::frame::FrameType;
 use crate::error::GuestPlace;
 use crate::memory::Ram;
+use crate::page::PageKind;
+use crate::report::PageCounts;
 
 const MAX_PROFILE_BYTES: u64 = 1 << 20;
 const MAX_TEXT_BYTES: u16 = 2048;
@@ -45,8 +47,7 @@ pub(crate) struct RoundDone {
     pub(crate) duration: Duration,
     pub(crate) ram_bytes: u64,
     pub(crate) transferred_bytes: u64,
-    pub(crate) zero_pages: u64,
-    pub(crate) plain_pages: u64,
+    pub(crate) pages: PageCounts,
     pub(crate) dirty_bytes: u64,
     pub(crate) bandwidth: u64,
     pub(crate) dirty_rate: u64,
@@ -82,8 +83,7 @@ pub(crate) struct Section {
 pub(crate) struct Offer {
     pub(crate) last_round: u32,
     pub(crate) sections: u32,
-    pub(crate) zero_pages: u64,
-    pub(crate) plain_pages: u64,
+    pub(crate) pages: PageCounts,
     /// Whether the guest was running and is to run on.
     pub(crate) run: bool,
 }
@@ -204,6 +204,18 @@ impl Start {
     }
 }
 
+fn counts_out(out: &mut Writer, pages: PageCounts) {
+    pages.to_array().into_iter().for_each(|count| out.u64(count));
+}
+
+fn counts_in(input: &mut Reader<'_>) -> Result<PageCounts, WireError> {
+    let mut counts = [0; PageKind::COUNT];
+    for count in &mut counts {
+        *count = input.u64()?;
+    }
+    Ok(PageCounts::from_array(counts))
+}
+
 fn flag(value: u8) -> Result<bool, WireError> {
     match value {
         0 => Ok(false),
@@ -265,8 +277,7 @@ impl Message {
                 out.u64(duration_out(round.duration));
                 out.u64(round.ram_bytes);
                 out.u64(round.transferred_bytes);
-                out.u64(round.zero_pages);
-                out.u64(round.plain_pages);
+                counts_out(&mut out, round.pages);
                 out.u64(round.dirty_bytes);
                 out.u64(round.bandwidth);
                 out.u64(round.dirty_rate);
@@ -287,8 +298,7 @@ impl Message {
             Self::Offer(offer) => {
                 out.u32(offer.last_round);
                 out.u32(offer.sections);
-                out.u64(offer.zero_pages);
-                out.u64(offer.plain_pages);
+                counts_out(&mut out, offer.pages);
                 out.u8(u8::from(offer.run));
             }
             Self::Running(running) => {
@@ -324,8 +334,7 @@ impl Message {
                 duration: Duration::from_nanos(input.u64()?),
                 ram_bytes: input.u64()?,
                 transferred_bytes: input.u64()?,
-                zero_pages: input.u64()?,
-                plain_pages: input.u64()?,
+                pages: counts_in(&mut input)?,
                 dirty_bytes: input.u64()?,
                 bandwidth: input.u64()?,
                 dirty_rate: input.u64()?,
@@ -343,8 +352,7 @@ impl Message {
             FrameType::Offer => Self::Offer(Offer {
                 last_round: input.u32()?,
                 sections: input.u32()?,
-                zero_pages: input.u64()?,
-                plain_pages: input.u64()?,
+                pages: counts_in(&mut input)?,
                 run: flag(input.u8()?)?,
             }),
             FrameType::Ready => Self::Ready,

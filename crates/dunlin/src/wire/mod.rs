@@ -4,6 +4,8 @@
 //! Everything here turns bytes into types and types into bytes and knows nothing else. Input is hostile: every
 //! length is checked against a bound before anything is allocated, every checksum before its bytes count.
 
+use crate::page::DecodeError;
+
 mod codec;
 mod frame;
 mod hello;
@@ -13,7 +15,7 @@ mod pages;
 #[cfg(test)]
 mod golden;
 
-pub(crate) use frame::{FrameHeader, FrameType, HEADER_BYTES, data_checksum, data_checksum_with, table_checksum};
+pub(crate) use frame::{DataDigest, FrameHeader, FrameType, HEADER_BYTES, data_checksum, table_checksum};
 pub(crate) use hello::{HELLO_BYTES, Hello, HelloReply, REPLY_BYTES, Role, SessionId, check_beginning};
 pub(crate) use message::{
     Abort, AbortReason, Done, Feature, Mark, MarkAck, Message, Offer, RoundDone, Running, Section, Start,
@@ -25,6 +27,9 @@ pub(crate) const MAX_DEVICE_STATE_BYTES: u64 = 256 << 20;
 
 /// The longest name of a section, block or feature.
 pub(crate) const MAX_NAME_BYTES: usize = u8::MAX as usize;
+
+/// The feature of a migration whose Pages frames have no checksum of their data.
+pub(crate) const UNCHECKED_PAGES: &str = "unchecked-pages";
 
 /// The version this crate speaks.
 pub(crate) const VERSION: u16 = 1;
@@ -90,6 +95,12 @@ pub enum WireError {
     Text {
         /// What.
         what: &'static str,
+    },
+    /// An encoded page that no encoder makes.
+    #[error("a page: {source}")]
+    Page {
+        /// What is wrong with it.
+        source: DecodeError,
     },
     /// A run of pages outside the machine's RAM.
     #[error("a run of {length} bytes at offset {offset} of RAM block number {block} lies outside this machine's RAM")]

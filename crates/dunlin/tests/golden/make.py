@@ -45,13 +45,24 @@ def answer(status, reason):
     return body + struct.pack("<I", crc32c(body))
 
 
-def frame(kind, sequence, data=b"", table=b""):
-    head = b"DLF1" + struct.pack("<HHQIIIQ", kind, 0, sequence, len(table), len(data), crc32c(table), crc64nvme(data))
+def frame(kind, sequence, data=b"", table=b"", checked=None):
+    """`checked` is what the data stands for, if that is something else than the data."""
+    check = crc64nvme(data if checked is None else checked)
+    head = b"DLF1" + struct.pack("<HHQIIIQ", kind, 0, sequence, len(table), len(data), crc32c(table), check)
     return head + struct.pack("<I", crc32c(head)) + table + data
 
 
 def entry(offset, length, encoded, block, kind):
     return struct.pack("<QIIHBB", offset, length, encoded, block, kind, 0)
+
+
+def leb128(value):
+    low, high = value & 0x7F, value >> 7
+    return bytes([low | 0x80, high]) if high else bytes([low])
+
+
+def change(unchanged, new):
+    return leb128(unchanged) + leb128(len(new)) + new
 
 
 page = bytes((i * 7) & 0xFF for i in range(4096))
@@ -62,6 +73,8 @@ start = (
     + struct.pack("<H", 1) + struct.pack("<QQ", 1 << 30, 4096) + name("ram")
     + struct.pack("<I", 3) + b"abc"
 )
+# A page of zeros, with three bytes of it changed.
+changed = bytes(3) + b"\x07" + bytes(296) + b"\x08\x09" + bytes(4096 - 302)
 CASES = {
     "hello-control": hello(0, 0),
     "hello-data-7": hello(1, 7),
@@ -71,11 +84,11 @@ CASES = {
     "answer-refused": answer(1, "busy"),
     "start": frame(1, 0, start),
     "accepted": frame(2, 1, struct.pack("<H", 2) + name("page-zero") + name("page-plain")),
-    "round-done": frame(3, 2, struct.pack("<IQQQQQQQQQ", 1, 2, 3, 4, 5, 6, 7, 8, 9, 10)),
+    "round-done": frame(3, 2, struct.pack("<IQQQQQQQQQQQQ", *range(1, 14))),
     "mark": frame(4, 3, struct.pack("<I", 9)),
     "mark-ack": frame(5, 4, struct.pack("<IB", 9, 3)),
     "section": frame(6, 5, struct.pack("<IIQ", 1, 2, 6) + name("vcpu") + b"sta"),
-    "offer": frame(7, 6, struct.pack("<IIQQB", 4, 3, 100, 200, 1)),
+    "offer": frame(7, 6, struct.pack("<IIQQQQQB", 4, 3, 100, 200, 300, 400, 500, 1)),
     "ready": frame(8, 7),
     "release": frame(9, 8),
     "running": frame(10, 9, struct.pack("<QQQ", 1000, 2000, 3000)),
@@ -84,6 +97,7 @@ CASES = {
     "query": frame(13, 12),
     "heartbeat": frame(14, 13),
     "pages": frame(32, 1 << 40, page, entry(1 << 21, 8192, 0, 0, 0) + entry(4096, 4096, 4096, 1, 1)),
+    "pages-delta": frame(32, 5, change(3, b"\x07") + change(296, b"\x08\x09"), entry(0, 4096, 8, 0, 2), changed),
 }
 for label, data in CASES.items():
     print(label, data.hex())

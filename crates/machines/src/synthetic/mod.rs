@@ -4,6 +4,7 @@
 //! after a migration that no write was lost and none came from the future. What must stay true: a vCPU's step count
 //! says exactly which writes are complete whenever the machine is paused.
 
+mod backing;
 mod content;
 mod device;
 mod fill;
@@ -14,14 +15,12 @@ mod vcpu;
 mod verify;
 mod workload;
 
-use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use dunlin::memory::{DirtyTracker, MemoryError, Ram, RamBlock, WriteProtectTracker};
 use dunlin::{Machine, MachineError, StateSection};
-use rustix::fs::MemfdFlags;
-use vm_memory::{FileOffset, MmapRegion};
 
+pub use backing::{Backing, BackingError};
 pub use fill::{Fill, FillError};
 pub use state::StateError;
 pub use verify::{Fault, FaultKind, VerifyReport};
@@ -50,6 +49,8 @@ pub struct SyntheticConfig {
     pub workload: Workload,
     /// What RAM holds at the start.
     pub fill: Fill,
+    /// The host's pages that RAM is made of.
+    pub backing: Backing,
     /// Everything random follows from it.
     pub seed: u64,
 }
@@ -63,6 +64,24 @@ pub enum SyntheticError {
     MemorySize {
         /// What was asked for.
         bytes: u64,
+    },
+    /// The memory's size with huge pages.
+    #[error("{bytes} bytes of memory: it must be a multiple of its pages of {backing}iB")]
+    Backing {
+        /// What was asked for.
+        bytes: u64,
+        /// Of what.
+        backing: Backing,
+    },
+    /// The host has too few huge pages.
+    #[error("could not map {pages} huge pages of {backing}iB: {source}; has the host as many free (vm.nr_hugepages)?")]
+    HugePages {
+        /// Of what.
+        backing: Backing,
+        /// How many are needed.
+        pages: u64,
+        /// The system's answer.
+        source: std::io::Error,
     },
     /// The number of vCPUs.
     #[error("{vcpus} vCPUs: it must be 1 to {MAX_VCPUS}")]
@@ -120,7 +139,7 @@ impl SyntheticMachine {
     /// # Errors
     /// When the configuration is out of range or the system refuses memory or threads.
     pub fn new(config: &SyntheticConfig) -> Result<Arc<Self>, SyntheticError> {
-        let machine = Self::empty(config.memory_bytes, config.vcpus)?;
+        let machine = Self::empty(config.memory_bytes, config.vcpus, config.backing)?;
         let program = Program::new(config.workload.clone(), config.seed, config.vcpus, config.memory_bytes);
         let block = machine.block()?;
         fill::fill(block, &config.fill, config.seed)?;
@@ -132,20 +151,22 @@ impl SyntheticMachine {
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn empty(memory_bytes: u64, vcpus: u32) -> Result<Arc<Self>, SyntheticError> {
+    pub fn empty(memory_bytes: u64, vcpus: u32, backing: Backing) -> Result<Arc<Self>, SyntheticError> {
         if memory_bytes < MIN_MEMORY_BYTES || !memory_bytes.is_multiple_of(PAGE_BYTES as u64) {
             return Err(SyntheticError::MemorySize { bytes: memory_bytes });
         }
         if vcpus == 0 || vcpus > MAX_VCPUS {
             return Err(SyntheticError::Vcpus { vcpus });
         }
-        let fd = rustix::fs::memfd_create("dunlin-ram", MemfdFlags::CLOEXEC)
-            .map_err(|e| system("make the memory (memfd_create)")(e.into()))?;
-        let file = File::from(fd);
-        file.set_len(memory_bytes).map_err(system("size the memory"))?;
+        let page_bytes = backing.page_bytes();
+        if !memory_bytes.is_multiple_of(page_bytes) {
+            return Err(SyntheticError::Backing { bytes: memory_bytes, backing });
+        }
         let size = usize::try_from(memory_bytes).map_err(|_| SyntheticError::MemorySize { bytes: memory_bytes })?;
-        let region: MmapRegion = MmapRegion::from_file(FileOffset::new(file, 0), size)
-            .map_err(|e| system("map the memory")(std::io::Error::other(e)))?;
+        let region = backing.map(size).map_err(|source| match backing {
+            Backing::Base => SyntheticError::System { doing: "map the memory", source },
+            _ => SyntheticError::HugePages { backing, pages: memory_bytes / page_bytes, source },
+        })?;
         let ram = Ram::new(vec![RamBlock::new("ram", Arc::new(region))?])?;
         let gate = Arc::new(Gate::default());
         let identity: Arc<RwLock<Option<Identity>>> = Arc::default();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dunlin::{Destination, Guest, Parameters, Report, Source, Status, Uri};
-use dunlin_machines::{SyntheticConfig, SyntheticMachine};
+use dunlin_machines::{Backing, SyntheticConfig, SyntheticMachine};
 
 pub const MIB: u64 = 1 << 20;
 
@@ -45,12 +45,18 @@ pub struct Side {
 
 /// A running machine.
 pub fn source(memory_bytes: u64, vcpus: u32, workload: &str, seed: u64) -> Side {
+    source_on(Backing::Base, memory_bytes, vcpus, workload, seed)
+}
+
+/// A running machine, on pages of the host of some size.
+pub fn source_on(backing: Backing, memory_bytes: u64, vcpus: u32, workload: &str, seed: u64) -> Side {
     let config = SyntheticConfig {
         memory_bytes,
         vcpus,
         workload: workload.parse().unwrap(),
         fill: "zero:30,random:40,text:30".parse().unwrap(),
         seed,
+        backing,
     };
     let machine = SyntheticMachine::new(&config).unwrap();
     let guest = Guest::new(machine.clone());
@@ -60,7 +66,12 @@ pub fn source(memory_bytes: u64, vcpus: u32, workload: &str, seed: u64) -> Side 
 
 /// A machine that waits for another's state.
 pub fn empty(memory_bytes: u64, vcpus: u32) -> Side {
-    let machine = SyntheticMachine::empty(memory_bytes, vcpus).unwrap();
+    empty_on(Backing::Base, memory_bytes, vcpus)
+}
+
+/// A machine that waits for another's state, on pages of the host of some size.
+pub fn empty_on(backing: Backing, memory_bytes: u64, vcpus: u32) -> Side {
+    let machine = SyntheticMachine::empty(memory_bytes, vcpus, backing).unwrap();
     let guest = Guest::awaited(machine.clone());
     Side { machine, guest }
 }
@@ -103,11 +114,30 @@ pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Parameters with `changes` set.
+/// Parameters with `changes` set, and before them what `DUNLIN_TEST_SET` says (`xbzrle=on,multifd-compression=zstd`):
+/// so that everything can be tested with everything on.
 pub fn parameters(changes: &[(&str, &str)]) -> Parameters {
     let mut parameters = Parameters::default();
+    for setting in std::env::var("DUNLIN_TEST_SET").unwrap_or_default().split_terminator(',') {
+        let (name, value) = setting.split_once('=').unwrap();
+        parameters.set_text(name, value).unwrap();
+    }
     for (name, value) in changes {
         parameters.set_text(name, value).unwrap();
     }
     parameters
+}
+
+/// Copies both ways between two streams until one ends.
+pub fn splice(a: std::net::TcpStream, b: std::net::TcpStream) {
+    let (mut a2, mut b2) = (a.try_clone().unwrap(), b.try_clone().unwrap());
+    let (mut a, mut b) = (a, b);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            drop(std::io::copy(&mut a, &mut b2));
+            drop(b2.shutdown(std::net::Shutdown::Write));
+        });
+        drop(std::io::copy(&mut b, &mut a2));
+        drop(a2.shutdown(std::net::Shutdown::Write));
+    });
 }

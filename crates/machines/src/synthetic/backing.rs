@@ -1,0 +1,79 @@
+//! The pages of the host that RAM is made of.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::str::FromStr;
+
+use rustix::fs::MemfdFlags;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, MmapRegion};
+
+/// The host's pages behind RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Backing {
+    /// The usual ones, of 4 KiB.
+    #[default]
+    Base,
+    /// Huge pages of 2 MiB, from the host's pool (`vm.nr_hugepages`).
+    Huge2M,
+    /// Huge pages of 1 GiB, from the host's pool.
+    Huge1G,
+}
+
+/// No pages of that size.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("pages of {0:?}: 4K, 2M or 1G")]
+pub struct BackingError(String);
+
+impl Backing {
+    /// Bytes in a page.
+    pub fn page_bytes(self) -> u64 {
+        match self {
+            Self::Base => 4096,
+            Self::Huge2M => 2 << 20,
+            Self::Huge1G => 1 << 30,
+        }
+    }
+
+    /// A mapping of `size` bytes of it.
+    pub(super) fn map(self, size: usize) -> io::Result<MmapRegion> {
+        let flags = match self {
+            Self::Base => MemfdFlags::CLOEXEC,
+            Self::Huge2M => MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+            Self::Huge1G => MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
+        };
+        let file = File::from(rustix::fs::memfd_create("dunlin-ram", flags)?);
+        file.set_len(size as u64)?;
+        // Without MAP_NORESERVE: where huge pages are short this fails, and not the first touch of a page.
+        MmapRegionBuilder::new(size)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(match self {
+                Self::Base => libc::MAP_SHARED | libc::MAP_NORESERVE,
+                Self::Huge2M | Self::Huge1G => libc::MAP_SHARED,
+            })
+            .with_file_offset(FileOffset::new(file, 0))
+            .build()
+            .map_err(io::Error::other)
+    }
+}
+
+impl fmt::Display for Backing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Base => "4K",
+            Self::Huge2M => "2M",
+            Self::Huge1G => "1G",
+        })
+    }
+}
+
+impl FromStr for Backing {
+    type Err = BackingError;
+
+    fn from_str(text: &str) -> Result<Self, BackingError> {
+        let all = [Self::Base, Self::Huge2M, Self::Huge1G];
+        let wanted = text.trim().trim_end_matches("iB");
+        all.into_iter().find(|backing| backing.to_string() == wanted).ok_or_else(|| BackingError(text.to_owned()))
+    }
+}
