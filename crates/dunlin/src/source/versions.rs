@@ -16,19 +16,20 @@ const PAGE: usize = PAGE_SIZE as usize;
 /// Places in which a page may be.
 const WAYS: usize = 8;
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Default)]
 struct Place {
     /// Block and page, plus one; zero is a free place.
     key: u64,
     /// The last round that sent it.
     used: u32,
+    /// Empty until the place is first taken.
+    page: Box<[u8]>,
 }
 
 /// The cache of one channel.
 #[derive(Debug)]
 pub(super) struct Versions {
     places: Vec<Place>,
-    pages: Vec<u8>,
     round: u32,
     pub(super) counts: DeltaCounts,
 }
@@ -42,13 +43,8 @@ impl Versions {
     /// A cache of at most `bytes` of pages.
     pub(super) fn new(bytes: u64) -> Self {
         let sets = usize::try_from(bytes / PAGE_SIZE).unwrap_or(0) / WAYS;
-        Self {
-            places: vec![Place::default(); sets * WAYS],
-            // Zeroed memory that nobody has written costs nothing.
-            pages: vec![0; sets * WAYS * PAGE],
-            round: 0,
-            counts: DeltaCounts::default(),
-        }
+        let places = std::iter::repeat_with(Place::default).take(sets * WAYS).collect();
+        Self { places, round: 0, counts: DeltaCounts::default() }
     }
 
     /// A round begins.
@@ -90,24 +86,22 @@ impl Versions {
         places.iter().position(|place| place.key == key).map(|way| set.start + way)
     }
 
-    fn page(&self, place: usize) -> Option<&[u8]> {
-        self.pages.get(place * PAGE..(place + 1) * PAGE)
-    }
-
     /// The version that the destination has.
     pub(super) fn get(&self, block: u16, offset: u64) -> Option<&[u8]> {
-        self.find(key(block, offset)).and_then(|place| self.page(place))
+        self.find(key(block, offset)).and_then(|place| self.places.get(place)).map(|place| &*place.page)
     }
 
-    /// A page was sent.
-    pub(super) fn sent(&mut self, block: u16, offset: u64, page: &[u8]) {
+    /// A page was sent as `kind`.
+    pub(super) fn sent(&mut self, kind: PageKind, block: u16, offset: u64, page: &[u8]) {
         let key = key(block, offset);
-        let Some(place) = self.find(key).or_else(|| self.admit(key)) else { return };
-        if let Some(entry) = self.places.get_mut(place) {
-            entry.used = self.round;
-        }
-        if let Some(old) = self.pages.get_mut(place * PAGE..(place + 1) * PAGE) {
-            old.copy_from_slice(page);
+        let admit = |versions: &mut Self| if kind == PageKind::Zero { None } else { versions.admit(key) };
+        let Some(place) = self.find(key).or_else(|| admit(self)) else { return };
+        let Some(place) = self.places.get_mut(place) else { return };
+        place.used = self.round;
+        if place.page.len() == page.len() {
+            place.page.copy_from_slice(page);
+        } else {
+            place.page = page.into();
         }
     }
 
@@ -140,23 +134,27 @@ mod tests {
     fn holds_what_was_sent_last() {
         let mut versions = Versions::new(1 << 20);
         versions.begin(1);
-        versions.sent(0, 0, &page(1));
+        versions.sent(PageKind::Plain, 0, 0, &page(1));
         assert_eq!(versions.get(0, 0), None, "the first round passes by");
         versions.begin(2);
-        versions.sent(0, 0, &page(2));
-        versions.sent(1, 0, &page(3));
+        versions.sent(PageKind::Plain, 0, 0, &page(2));
+        versions.sent(PageKind::Plain, 1, 0, &page(3));
         assert_eq!(versions.get(0, 0), Some(&page(2)[..]));
         assert_eq!(versions.get(1, 0), Some(&page(3)[..]));
-        versions.sent(0, 0, &page(4));
+        versions.sent(PageKind::Plain, 0, 0, &page(4));
         assert_eq!(versions.get(0, 0), Some(&page(4)[..]));
         assert_eq!(versions.get(0, PAGE_SIZE), None);
+        // Zeros replace what is there, and take no place of their own.
+        versions.sent(PageKind::Zero, 0, 0, &page(0));
+        versions.sent(PageKind::Zero, 0, PAGE_SIZE, &page(0));
+        assert_eq!((versions.get(0, 0), versions.get(0, PAGE_SIZE)), (Some(&page(0)[..]), None));
     }
 
     #[test]
     fn no_room_no_pages() {
         let mut versions = Versions::new(PAGE_SIZE * WAYS as u64 - 1);
         versions.begin(2);
-        versions.sent(0, 0, &page(1));
+        versions.sent(PageKind::Plain, 0, 0, &page(1));
         assert_eq!(versions.get(0, 0), None);
     }
 
@@ -169,7 +167,7 @@ mod tests {
         let mut sweep = |round: u32, from: u64| {
             versions.begin(round);
             let hits = (from..from + PAGES).filter(|n| versions.get(0, n * PAGE_SIZE).is_some()).count();
-            (from..from + PAGES).for_each(|n| versions.sent(0, n * PAGE_SIZE, &page(round as u8)));
+            (from..from + PAGES).for_each(|n| versions.sent(PageKind::Plain, 0, n * PAGE_SIZE, &page(round as u8)));
             hits as f64 / PAGES as f64
         };
         assert!(sweep(2, 0) < 0.001);

@@ -307,7 +307,7 @@ impl page::Out for Sending<'_> {
         let Some(versions) = &mut self.frame.versions else { return };
         versions.count(kind, self.block, offset..offset.saturating_add(length), encoded);
         for (page, at) in pages.chunks_exact(PAGE_SIZE as usize).zip((offset..).step_by(PAGE_SIZE as usize)) {
-            versions.sent(self.block, at, page);
+            versions.sent(kind, self.block, at, page);
         }
     }
 

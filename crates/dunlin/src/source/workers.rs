@@ -44,7 +44,8 @@ impl Workers {
             MultifdCompression::Lz4 => Compression::Lz4,
             MultifdCompression::Zstd => Compression::Zstd { level: parameters.multifd_zstd_level },
         };
-        let cache_bytes = parameters.xbzrle_cache_size / channels.len().max(1) as u64;
+        // More than there is RAM is of no use.
+        let cache_bytes = parameters.xbzrle_cache_size.min(common.ram.total_bytes()) / channels.len().max(1) as u64;
         let mut workers = Self {
             rounds: Vec::new(),
             threads: Vec::new(),
