@@ -40,6 +40,25 @@ pub enum Command {
     Quit(At),
     /// List the parameters of migrations.
     Parameters(ListParameters),
+    /// Measure a part of the engine beside its physical limit.
+    #[command(subcommand)]
+    Bench(Bench),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// Dirty bitmaps: setting, counting, and walking while taking, by how many pages are dirty.
+    Bitmap(BenchBitmap),
+}
+
+#[derive(Debug, Args)]
+pub struct BenchBitmap {
+    /// The RAM that the bitmap is of; none of it is allocated.
+    #[arg(long, value_name = "SIZE", default_value = "1T", value_parser = size)]
+    pub memory: u64,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -247,6 +266,7 @@ mod tests {
             "cont --qmp unix:/a --take-back",
             "quit --qmp unix:/a",
             "parameters --json",
+            "bench bitmap --memory 64G --json",
         ] {
             assert!(parse(line).is_ok(), "{line}: {:?}", parse(line));
         }

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod bench;
 mod commands;
 mod connection;
 mod demo;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
 fn carry_out(command: Command) -> Result<Outcome> {
     match command {
         Command::Demo(args) => demo::demo(&args, &Interrupts::install()?),
+        Command::Bench(what) => bench::bench(&what),
         Command::Run(args) => run::run(&args, &Interrupts::install_with_second_chance()?),
         Command::Migrate(args) => migrate::migrate(&args, &Interrupts::install_with_second_chance()?),
         Command::Status(at) => status::status(&at),

@@ -9,7 +9,7 @@ mod common;
 use std::net::TcpListener;
 use std::path::Path;
 
-use common::{Machine, turn};
+use common::{Machine, PATIENCE, turn, until};
 use serde_json::json;
 
 const WORKLOAD: &str = "pattern=zipf,rate=100M/s,working-set=16M,content=text";
@@ -53,7 +53,8 @@ fn over_a_unix_socket_with_a_space_in_its_name() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("to be migrated");
     migrates(directory.path(), &format!("unix:{}", path.display()));
-    assert!(!path.exists(), "the socket's file is left");
+    // The destination listens until the source has said that it knows.
+    until("the socket's file is gone", PATIENCE, || (!path.exists()).then_some(()));
 }
 
 /// `--incoming defer`, and the address over QMP.

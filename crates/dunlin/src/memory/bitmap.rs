@@ -96,12 +96,9 @@ impl DirtyBitmap {
     /// The chunks that have dirty pages, in ascending order, as the walk reaches them.
     pub fn dirty_chunks(&self) -> impl Iterator<Item = usize> + '_ {
         const CHUNKS: usize = WORD_BITS / CHUNK_WORDS;
-        self.summary.iter().enumerate().flat_map(|(index, summary)| {
-            let word = summary.load(Ordering::Acquire);
-            let dirty = (word != 0)
-                .then(|| (0..CHUNKS).filter(move |c| (word >> (c * CHUNK_WORDS)) & 0xff != 0))
-                .into_iter()
-                .flatten();
+        let words = self.summary.iter().enumerate().map(|(index, summary)| (index, summary.load(Ordering::Acquire)));
+        words.filter(|(_, word)| *word != 0).flat_map(|(index, word)| {
+            let dirty = (0..CHUNKS).filter(move |chunk| (word >> (chunk * CHUNK_WORDS)) & 0xff != 0);
             dirty.map(move |chunk| index * CHUNKS + chunk)
         })
     }
@@ -123,9 +120,21 @@ impl DirtyBitmap {
         }
         let words = self.words.get(first..first + CHUNK_WORDS).unwrap_or_default();
         for (taken, word) in pages.iter_mut().zip(words) {
-            *taken = word.swap(0, Ordering::SeqCst);
+            // A look costs less than an exchange, and most words have nothing.
+            if word.load(Ordering::SeqCst) != 0 {
+                *taken = word.swap(0, Ordering::SeqCst);
+            }
         }
         ChunkPages(pages)
+    }
+
+    /// Takes all dirty pages out of the bitmap and gives them to `each`, as runs of page numbers that do not reach
+    /// from one chunk into another, in ascending order.
+    pub fn drain(&self, mut each: impl FnMut(Range<usize>)) {
+        for chunk in self.dirty_chunks() {
+            let first = chunk * CHUNK_PAGES;
+            self.take_chunk(chunk).runs().for_each(|run| each(first + run.start..first + run.end));
+        }
     }
 
     /// Whether every page of `range` is set. Pages beyond the end count as not set.
@@ -214,6 +223,10 @@ mod tests {
             let chunks: Vec<usize> = bitmap.dirty_chunks().collect();
             let expected: BTreeSet<usize> = model.iter().map(|p| p / CHUNK_PAGES).collect();
             prop_assert_eq!(chunks, expected.into_iter().collect::<Vec<_>>());
+            let mut drained = Vec::new();
+            bitmap.drain(|run| drained.extend(run));
+            prop_assert_eq!(drained, model.into_iter().collect::<Vec<_>>());
+            prop_assert_eq!(bitmap.count(), 0);
         }
     }
 

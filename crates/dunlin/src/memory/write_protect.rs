@@ -144,9 +144,9 @@ mod tests {
     }
 
     fn dirty_pages(bitmap: &DirtyBitmap) -> Vec<usize> {
-        (0..bitmap.chunks())
-            .flat_map(|c| bitmap.take_chunk(c).runs().flatten().map(move |p| c * 512 + p).collect::<Vec<_>>())
-            .collect()
+        let mut pages = Vec::new();
+        bitmap.drain(|run| pages.extend(run));
+        pages
     }
 
     /// What is written is reported, nothing else is, and only once.
