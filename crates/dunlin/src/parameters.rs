@@ -117,8 +117,8 @@ pub enum ParameterError {
         /// The unit of all three.
         unit: &'static str,
     },
-    /// The text is none of the choices.
-    #[error("parameter {name}: {value:?} is none of {choices}")]
+    /// The text is not one of the choices.
+    #[error("parameter {name}: {value:?} is not one of {choices}")]
     Choice {
         /// The parameter.
         name: &'static str,
@@ -482,7 +482,7 @@ mod tests {
             ("multifd-channels", "two", "not a whole number"),
             ("downtime-limit", "2000001", "0 to 2000000 ms"),
             ("max-bandwidth", "10parsecs", "not a rate"),
-            ("multifd-compression", "gzip", "none of none, lz4, zstd"),
+            ("multifd-compression", "gzip", "not one of none, lz4, zstd"),
             ("xbzrle", "maybe", "on or off"),
             ("multifd-zstd-level", "23", "-131072 to 22"),
         ] {
