@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::proxy::{Harm, Moment, Proxy, Way};
-use common::{MIB, Random, Side, empty, parameters, runs, source, until};
+use common::{MIB, Random, Side, empty, parameters, runs, source, splice, until};
 use dunlin::{Destination, GuestPlace, Report, Source, Status, Uri};
 
 const WORKLOAD: &str = "pattern=uniform,content=random,rate=60M/s,working-set=2M";
@@ -261,16 +261,7 @@ fn asked_again_later() {
         let relay = std::thread::spawn(move || {
             let (client, _) = again.accept().unwrap();
             let server = TcpStream::connect(("127.0.0.1", port)).unwrap();
-            let (mut c2, mut s2) = (client.try_clone().unwrap(), server.try_clone().unwrap());
-            let (mut c, mut s) = (client, server);
-            std::thread::scope(|scope| {
-                scope.spawn(|| {
-                    drop(std::io::copy(&mut c, &mut s2));
-                    drop(s2.shutdown(std::net::Shutdown::Write));
-                });
-                drop(std::io::copy(&mut s, &mut c2));
-                drop(c2.shutdown(std::net::Shutdown::Write));
-            });
+            splice(client, server);
         });
         migration.reconnect().unwrap();
         let report = migration.wait();

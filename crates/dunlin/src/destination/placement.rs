@@ -1,8 +1,8 @@
 //! Putting pages into their place.
 //!
 //! Relies on the guest's RAM having been given back to the host before the first page, so that what was never
-//! received is zero. What must stay true: a page that is zero costs no memory here; pages are made present in
-//! batches before they are filled, since the first touch of a page is the dearest step of a migration.
+//! received is zero. What must stay true: a page that is zero costs no memory here, but on huge pages; pages are made
+//! present in batches before they are filled, since the first touch of a page is the dearest step of a migration.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
