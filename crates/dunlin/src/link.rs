@@ -11,10 +11,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::channel::Connection;
+use crate::channel::{Connection, More, Origin};
 use crate::error::Cause;
-use crate::memory::PAGE_SIZE;
+use crate::memory::{GuestSlice, PAGE_SIZE};
 use crate::page::PageKind;
+use crate::parameters::Switch;
 use crate::report::{ChannelReport, DeltaCounts, PageCounts};
 use crate::wire::{
     FrameHeader, FrameType, HEADER_BYTES, HELLO_BYTES, Hello, HelloReply, Message, PageRun, REPLY_BYTES, Role,
@@ -86,8 +87,20 @@ impl FrameSender {
     }
 
     /// Sends a frame of pages: a table of runs, their encodings, and the checksum of the pages themselves.
-    pub(crate) fn send_pages(&mut self, table: &[u8], data: &[u8], checksum: u64) -> Result<(), Cause> {
-        self.send_frame(FrameType::Pages, table, data, checksum)
+    pub(crate) fn send_pages(&mut self, table: &[u8], data: PagesData<'_>, checksum: u64) -> Result<(), Cause> {
+        let (slices, zero_copy) = match data {
+            PagesData::Copied(data) => return self.send_frame(FrameType::Pages, table, data, checksum),
+            PagesData::InPlace(slices, zero_copy) => (slices, zero_copy),
+        };
+        let length = slices.iter().map(GuestSlice::len).sum::<usize>();
+        self.send_with(FrameType::Pages, table, length, checksum, |connection, header| {
+            let beginning = [Origin::Buffer(header), Origin::Buffer(table)];
+            if zero_copy == Switch::On {
+                return connection.send_zero_copy(&beginning, slices);
+            }
+            let guest = slices.iter().map(Origin::Guest);
+            connection.send_from(&beginning.into_iter().chain(guest).collect::<Vec<_>>(), More::No)
+        })
     }
 
     fn send_frame(
@@ -97,6 +110,20 @@ impl FrameSender {
         data: &[u8],
         data_checksum: u64,
     ) -> Result<(), Cause> {
+        self.send_with(frame_type, table, data.len(), data_checksum, |connection, header| {
+            connection.send_all(&mut [IoSlice::new(header), IoSlice::new(table), IoSlice::new(data)])
+        })
+    }
+
+    /// Numbers, sends and counts a frame; `send` is given its header.
+    fn send_with(
+        &mut self,
+        frame_type: FrameType,
+        table: &[u8],
+        data_length: usize,
+        data_checksum: u64,
+        send: impl FnOnce(&Connection, &[u8]) -> Result<(), Cause>,
+    ) -> Result<(), Cause> {
         if self.broken {
             return Err(Cause::Closed { channel: self.connection.name().to_owned() });
         }
@@ -104,21 +131,28 @@ impl FrameSender {
             frame_type,
             sequence: self.sequence,
             table_length: table.len() as u32,
-            data_length: data.len() as u32,
+            data_length: data_length as u32,
             table_checksum: table_checksum(table),
             data_checksum,
         };
-        let header = header.encode();
-        let mut pieces = [IoSlice::new(&header), IoSlice::new(table), IoSlice::new(data)];
         self.broken = true;
-        self.connection.send_all(&mut pieces)?;
+        send(&self.connection, &header.encode())?;
         self.broken = false;
         self.sequence = self.sequence.wrapping_add(1);
-        let bytes = (HEADER_BYTES + table.len() + data.len()) as u64;
+        let bytes = (HEADER_BYTES + table.len() + data_length) as u64;
         self.counters.bytes.fetch_add(bytes, Ordering::Relaxed);
         self.counters.frames.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
+}
+
+/// The encodings of a Pages frame.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum PagesData<'a> {
+    /// In a buffer.
+    Copied(&'a [u8]),
+    /// Plain pages where they are, copied by the kernel or, if switched on, not at all.
+    InPlace(&'a [GuestSlice<'a>], Switch),
 }
 
 /// The receiving direction of a connection.

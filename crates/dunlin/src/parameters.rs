@@ -318,6 +318,8 @@ parameters! {
         "Memory for the versions last sent, that of all channels together.";
     integrity: Integrity = "integrity", Unit::Choice(INTEGRITIES), 1, 0..=1, Source, AtStart, conflicts [],
         "What RAM is checked with from end to end.";
+    zero_copy_send: Switch = "zero-copy-send", Unit::Switch, 0, 0..=1, Source, AtStart, conflicts [],
+        "Whether pages that are neither checked, compressed nor kept for deltas go from the guest's file to the socket.";
     handover_timeout: Duration = "handover-timeout", Unit::Milliseconds, 30_000, 0..=86_400_000, Both, Live,
         conflicts [],
         "How long to reconnect after the link was lost with the guest released and not yet heard of.";

@@ -3,6 +3,7 @@
 //! All transports end in a stream socket, so there is one kind of connection. What must stay true: a short read is
 //! an error; `shutdown` from any thread makes every blocked read and write return; sending never raises SIGPIPE.
 
+use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::Child;
@@ -26,6 +27,25 @@ pub(crate) enum Target<'a> {
     /// Into a buffer.
     Buffer(&'a mut [u8]),
 }
+
+/// Where bytes to send come from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Origin<'a> {
+    /// Guest RAM, which the guest may be writing.
+    Guest(&'a GuestSlice<'a>),
+    /// A buffer.
+    Buffer(&'a [u8]),
+}
+
+/// Whether more of the same message follows at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum More {
+    Yes,
+    No,
+}
+
+/// Shorter pieces are copied: a system call of their own would cost more.
+const WORTH_A_CALL: usize = 64 << 10;
 
 /// An open, two-way connection.
 #[derive(Debug)]
@@ -74,6 +94,76 @@ impl Connection {
                 Ok(sent) => IoSlice::advance_slices(&mut rest, sent),
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(self.error("send to", e.into())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends all of `origins`, in order.
+    pub(crate) fn send_from(&self, origins: &[Origin<'_>], more: More) -> Result<(), Cause> {
+        let mut pieces: Vec<libc::iovec> = origins
+            .iter()
+            .map(|origin| match origin {
+                Origin::Guest(slice) => libc::iovec { iov_base: slice.as_mut_ptr().cast(), iov_len: slice.len() },
+                Origin::Buffer(bytes) => {
+                    libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }
+                }
+            })
+            .filter(|piece| piece.iov_len > 0)
+            .collect();
+        let mut rest = pieces.as_mut_slice();
+        while !rest.is_empty() {
+            let count = rest.len().min(MAX_PIECES);
+            let follows = more == More::Yes || rest.len() > count;
+            let flags = libc::MSG_NOSIGNAL | if follows { libc::MSG_MORE } else { 0 };
+            // SAFETY: all zeros is an empty message, which is a valid one.
+            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+            message.msg_iov = rest.as_mut_ptr();
+            message.msg_iovlen = count;
+            // SAFETY: every piece lies in guest RAM by `GuestSlice`'s own check, or in a buffer that `origins` borrows for
+            // as long as this runs, or is the rest of such a piece. The kernel only reads them, and does not mind that
+            // the guest writes meanwhile.
+            let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &message, flags) };
+            match usize::try_from(sent) {
+                Ok(sent) => rest = advance(rest, sent),
+                Err(_) => match io::Error::last_os_error() {
+                    e if e.kind() == io::ErrorKind::Interrupted => {}
+                    e => return Err(self.error("send to", e)),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends `beginning` and then `slices`. Where a slice is long and has a file, the socket gets the file's pages, and
+    /// nothing is copied here. The calling thread must [block](block_broken_pipe_signal) SIGPIPE.
+    pub(crate) fn send_zero_copy(&self, beginning: &[Origin<'_>], slices: &[GuestSlice<'_>]) -> Result<(), Cause> {
+        let mut waiting = beginning.to_vec();
+        for (index, slice) in slices.iter().enumerate() {
+            let worth = slice.len() >= WORTH_A_CALL;
+            let Some((file, offset)) = slice.file().filter(|_| worth) else {
+                waiting.push(Origin::Guest(slice));
+                continue;
+            };
+            self.send_from(&waiting, More::Yes)?;
+            waiting.clear();
+            self.send_file(file, offset, slice, if index + 1 < slices.len() { More::Yes } else { More::No })?;
+        }
+        self.send_from(&waiting, More::No)
+    }
+
+    fn send_file(&self, file: &File, offset: u64, slice: &GuestSlice<'_>, more: More) -> Result<(), Cause> {
+        let end = offset.saturating_add(slice.len() as u64);
+        let mut at = offset;
+        while at < end {
+            let rest = end.saturating_sub(at) as usize;
+            match rustix::fs::sendfile(&self.socket, file, Some(&mut at), rest) {
+                // The file has become shorter: the mapping has no pages there any more.
+                Ok(0) => return Err(self.error("send guest RAM to", io::ErrorKind::UnexpectedEof.into())),
+                Ok(_) | Err(Errno::INTR) => {}
+                // Not a file whose pages a socket takes.
+                Err(Errno::INVAL) if at == offset => return self.send_from(&[Origin::Guest(slice)], more),
+                Err(e) => return Err(self.error("send guest RAM to", e.into())),
             }
         }
         Ok(())
@@ -200,6 +290,18 @@ fn reap(child: &mut Child) {
     // Fails only when nothing is left.
     let _ = kill_process_group(group, Signal::KILL);
     let _ = child.wait();
+}
+
+/// Blocks SIGPIPE for the calling thread, which must be the engine's own: `sendfile` cannot be told not to raise it.
+pub(crate) fn block_broken_pipe_signal() {
+    // SAFETY: `set` is initialised by `sigemptyset` before it is read, and all three calls only touch it and this
+    // thread's own mask. They fail for bad arguments only.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGPIPE);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+    }
 }
 
 fn advance(pieces: &mut [libc::iovec], mut by: usize) -> &mut [libc::iovec] {

@@ -15,7 +15,7 @@ use std::str::FromStr;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-pub(crate) use connection::{Connection, Target};
+pub(crate) use connection::{Connection, More, Origin, Target, block_broken_pipe_signal};
 
 use crate::error::Cause;
 

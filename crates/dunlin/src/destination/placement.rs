@@ -55,10 +55,6 @@ impl Placement {
             if block.discard().is_err() {
                 touched.set_all();
             }
-            // Huge pages come from a pool that may run dry: better now than when the guest touches one.
-            if block.host_page_size() > PAGE_SIZE {
-                block.populate(0..block.size_bytes())?;
-            }
         }
         self.open.store(true, Ordering::Release);
         Ok(())

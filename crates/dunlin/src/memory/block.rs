@@ -234,13 +234,13 @@ impl RamBlock {
         Ok(())
     }
 
-    /// A buffer of guest RAM for a `recv` or a checksum of the destination, where no vCPU runs yet.
+    /// Guest RAM for a system call to read or to fill.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`].
     pub(crate) fn io_slice(&self, offset: u64, length: usize) -> Result<GuestSlice<'_>, MemoryError> {
         let pointer = self.pointer(offset, length as u64)?;
-        Ok(GuestSlice { pointer, length, _block: self })
+        Ok(GuestSlice { pointer, length, offset, block: self })
     }
 
     /// Makes the pages of `range` (bytes, page-aligned) present and writable in one call. Touching them one by
@@ -331,11 +331,13 @@ impl RamBlock {
     }
 }
 
-/// A checked range of guest RAM, to be filled by a system call while no vCPU runs.
+/// A checked range of guest RAM, for a system call to read, or to fill while no vCPU runs.
+#[derive(Debug)]
 pub(crate) struct GuestSlice<'a> {
     pointer: *mut u8,
     length: usize,
-    _block: &'a RamBlock,
+    offset: u64,
+    block: &'a RamBlock,
 }
 
 impl GuestSlice<'_> {
@@ -347,7 +349,13 @@ impl GuestSlice<'_> {
         self.length
     }
 
-    /// Feeds the bytes to `digest`.
+    /// The file behind it and the place there, where a file's pages can go into a socket: those of hugetlbfs cannot.
+    pub(crate) fn file(&self) -> Option<(&File, u64)> {
+        let (file, base) = self.block.file.as_deref().filter(|_| self.block.host_page_size == PAGE_SIZE)?;
+        Some((file, base.saturating_add(self.offset)))
+    }
+
+    /// Feeds the bytes to `digest`; only at the destination, before a vCPU runs.
     pub(crate) fn with_bytes<T>(&self, digest: impl FnOnce(&[u8]) -> T) -> T {
         // SAFETY: the range was checked. On the destination of a running migration nobody but this channel's
         // thread writes to its chunks, so the bytes do not change while the closure looks at them.

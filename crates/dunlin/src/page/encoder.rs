@@ -4,10 +4,11 @@
 //! the pages take as they are. So it never holds up a link that has room, and memory that does not shrink costs a
 //! look now and then.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use super::{MAX_UNIT_BYTES, PageKind, delta, lz4, plain, zero, zstd};
-use crate::memory::PAGE_SIZE;
+use super::{MAX_UNIT_BYTES, PageKind, delta, lz4, zero, zstd};
+use crate::memory::{MemoryError, PAGE_SIZE, RamBlock};
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// A unit is worth compressing if it then takes at most this part of its bytes.
@@ -32,14 +33,88 @@ pub(crate) enum Compression {
     },
 }
 
-/// Where encoded pages go.
+/// What becomes of the pages that are encoded.
 pub(crate) trait Out {
-    /// The bytes of encodings so far; an encoder appends to them.
-    fn data(&mut self) -> &mut Vec<u8>;
-    /// The last `encoded` bytes of the data encode `pages`, which are at `offset` of the block.
+    /// `pages`, which are at `offset` of the block, are encoded next, in `encoded` bytes.
     fn push(&mut self, kind: PageKind, offset: u64, pages: &[u8], encoded: usize);
     /// The version of the page at `offset` that the destination has, if it is known.
     fn sent_before(&mut self, offset: u64) -> Option<&[u8]>;
+}
+
+/// Encodings, one behind the other. Pages are copied into the room behind them and encoded there, so that what
+/// travels as it is, is copied once.
+#[derive(Debug, Default)]
+pub(crate) struct Encodings {
+    bytes: Vec<u8>,
+    used: usize,
+}
+
+impl Encodings {
+    /// Room for `length` bytes of pages behind what there is.
+    pub(crate) fn room(&mut self, length: usize) -> &mut [u8] {
+        let end = self.used.saturating_add(length);
+        if self.bytes.len() < end {
+            self.bytes.resize(end, 0);
+        }
+        self.bytes.get_mut(self.used..end).unwrap_or_default()
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        self.bytes.get(..self.used).unwrap_or_default()
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.used = 0;
+    }
+
+    /// Appends an encoding of pages that are in the room, and as many bytes at least as it is long.
+    fn put(&mut self, encoding: &[u8]) {
+        self.room(encoding.len()).copy_from_slice(encoding);
+        self.used += encoding.len();
+    }
+
+    /// Appends pages that are in the room.
+    fn keep(&mut self, pages: Range<usize>) {
+        let length = pages.len();
+        if pages.start != self.used {
+            self.bytes.copy_within(pages, self.used);
+        }
+        self.used += length;
+    }
+}
+
+/// Chooses the kinds of pages that are to be sent from where they are, in runs: zero or plain.
+///
+/// # Errors
+/// When `bytes` reaches outside the block.
+pub(crate) fn survey(
+    block: &RamBlock,
+    bytes: Range<u64>,
+    mut found: impl FnMut(PageKind, Range<u64>),
+) -> Result<(), MemoryError> {
+    let mut page = [0; PAGE];
+    let mut run = (PageKind::Plain, bytes.start..bytes.start);
+    for at in bytes.step_by(PAGE) {
+        // Nearly every page that is not zero shows it at its beginning.
+        let (beginning, rest) = page.split_at_mut(64);
+        block.read(at, beginning)?;
+        let mut kind = PageKind::Plain;
+        if beginning.iter().all(|byte| *byte == 0) {
+            block.read(at.saturating_add(64), rest)?;
+            if zero::is(&page) {
+                kind = PageKind::Zero;
+            }
+        }
+        if kind != run.0 && !run.1.is_empty() {
+            found(run.0, run.1.clone());
+            run.1.start = at;
+        }
+        run = (kind, run.1.start..at.saturating_add(PAGE_SIZE));
+    }
+    if !run.1.is_empty() {
+        found(run.0, run.1);
+    }
+    Ok(())
 }
 
 /// How long a byte takes on the link, as measured by who sends.
@@ -65,6 +140,9 @@ pub(crate) struct Encoder {
     /// Units to send as they are before the next look, and how many it was the last time.
     pause: u32,
     last_pause: u32,
+    /// Encodings being made.
+    delta: Vec<u8>,
+    compressed: Vec<u8>,
 }
 
 enum Compressor {
@@ -88,61 +166,77 @@ impl Encoder {
             Compression::Lz4 => Compressor::Lz4,
             Compression::Zstd { level } => Compressor::Zstd(zstd::Encoder::new(level)?),
         };
-        Ok(Self { compressor, pause: 0, last_pause: 0 })
+        Ok(Self { compressor, pause: 0, last_pause: 0, delta: Vec::new(), compressed: Vec::new() })
     }
 
-    /// Encodes `pages`, which are at `offset` of their block and at most [`MAX_UNIT_BYTES`], into `out`.
-    pub(crate) fn encode(&mut self, pages: &[u8], offset: u64, link: &Link, out: &mut impl Out) {
-        debug_assert!(pages.len() <= MAX_UNIT_BYTES);
+    /// Whether there is a compressor.
+    pub(crate) fn compresses(&self) -> bool {
+        !matches!(self.compressor, Compressor::None)
+    }
+
+    /// Encodes the `length` bytes of pages, at most [`MAX_UNIT_BYTES`], that have been copied into the room of
+    /// `encodings`. They are at `offset` of their block.
+    pub(crate) fn encode(
+        &mut self,
+        encodings: &mut Encodings,
+        length: usize,
+        offset: u64,
+        link: &Link,
+        out: &mut impl Out,
+    ) {
+        debug_assert!(length <= MAX_UNIT_BYTES);
+        let begin = encodings.used;
+        let offset_of = |at: usize| offset.saturating_add((at - begin) as u64);
         // Pages that nothing cheaper took, up to the one at hand.
-        let mut unit = 0..0;
-        for (index, page) in pages.chunks_exact(PAGE).enumerate() {
-            let at = index * PAGE;
-            let page_offset = offset.saturating_add(at as u64);
-            if zero::is(page) {
-                self.unit(pages.get(unit.clone()).unwrap_or_default(), offset + unit.start as u64, link, out);
-                out.push(PageKind::Zero, page_offset, page, 0);
-                unit = at + PAGE..at + PAGE;
+        let mut unit = begin..begin;
+        for at in (begin..begin.saturating_add(length)).step_by(PAGE) {
+            let page = encodings.bytes.get(at..at + PAGE).unwrap_or_default();
+            let kind = if zero::is(page) {
+                PageKind::Zero
+            } else if let Some(old) = out.sent_before(offset_of(at)) {
+                self.delta.clear();
+                let fits = delta::encode(old, page, LONGEST_DELTA, &mut self.delta);
+                if fits { PageKind::Delta } else { PageKind::Plain }
+            } else {
+                PageKind::Plain
+            };
+            if kind == PageKind::Plain {
+                unit.end = at + PAGE;
                 continue;
             }
-            let mut taken = None;
-            if out.sent_before(page_offset).is_some() {
-                self.unit(pages.get(unit.clone()).unwrap_or_default(), offset + unit.start as u64, link, out);
-                unit = at..at;
-                let mut data = std::mem::take(out.data());
-                let before = data.len();
-                if let Some(old) = out.sent_before(page_offset)
-                    && delta::encode(old, page, LONGEST_DELTA, &mut data)
-                {
-                    taken = Some(data.len() - before);
-                }
-                *out.data() = data;
-            }
-            match taken {
-                Some(encoded) => {
-                    out.push(PageKind::Delta, page_offset, page, encoded);
-                    unit = at + PAGE..at + PAGE;
-                }
-                None => unit.end = at + PAGE,
+            self.unit(encodings, unit.clone(), offset_of(unit.start), link, out);
+            unit = at + PAGE..at + PAGE;
+            let page = encodings.bytes.get(at..at + PAGE).unwrap_or_default();
+            if kind == PageKind::Zero {
+                out.push(kind, offset_of(at), page, 0);
+            } else {
+                out.push(kind, offset_of(at), page, self.delta.len());
+                encodings.put(&self.delta);
             }
         }
-        self.unit(pages.get(unit.clone()).unwrap_or_default(), offset + unit.start as u64, link, out);
+        self.unit(encodings, unit.clone(), offset_of(unit.start), link, out);
     }
 
-    /// Compresses pages as one unit, or sends them as they are.
-    fn unit(&mut self, pages: &[u8], offset: u64, link: &Link, out: &mut impl Out) {
+    /// Compresses pages as one unit, or leaves them as they are.
+    fn unit(&mut self, encodings: &mut Encodings, unit: Range<usize>, offset: u64, link: &Link, out: &mut impl Out) {
+        let pages = encodings.bytes.get(unit.clone()).unwrap_or_default();
         if pages.is_empty() {
             return;
         }
-        if let Some((kind, encoded)) = self.compress(pages, link, out.data()) {
-            return out.push(kind, offset, pages, encoded);
+        match self.compress(pages, link) {
+            Some(kind) => {
+                out.push(kind, offset, pages, self.compressed.len());
+                encodings.put(&self.compressed);
+            }
+            None => {
+                out.push(PageKind::Plain, offset, pages, pages.len());
+                encodings.keep(unit);
+            }
         }
-        plain::encode(pages, out.data());
-        out.push(PageKind::Plain, offset, pages, pages.len());
     }
 
-    fn compress(&mut self, pages: &[u8], link: &Link, data: &mut Vec<u8>) -> Option<(PageKind, usize)> {
-        if matches!(self.compressor, Compressor::None) {
+    fn compress(&mut self, pages: &[u8], link: &Link) -> Option<PageKind> {
+        if !self.compresses() {
             return None;
         }
         if self.pause > 0 {
@@ -150,20 +244,19 @@ impl Encoder {
             return None;
         }
         let began = Instant::now();
-        let before = data.len();
+        self.compressed.clear();
         let limit = (pages.len() as f64 * WORTH) as usize;
         let (kind, fits) = match &mut self.compressor {
-            Compressor::Zstd(encoder) => (PageKind::Zstd, encoder.encode(pages, limit, data)),
-            _ => (PageKind::Lz4, lz4::encode(pages, limit, data)),
+            Compressor::Zstd(encoder) => (PageKind::Zstd, encoder.encode(pages, limit, &mut self.compressed)),
+            _ => (PageKind::Lz4, lz4::encode(pages, limit, &mut self.compressed)),
         };
-        let encoded = data.len() - before;
-        let saved = (pages.len() - encoded) as f64 * link.nanoseconds_a_byte;
+        let saved = (pages.len() - self.compressed.len()) as f64 * link.nanoseconds_a_byte;
         if fits && saved > began.elapsed().as_nanos() as f64 {
             self.last_pause = 0;
         } else {
             self.last_pause = (self.last_pause * 2).clamp(1, LONGEST_PAUSE);
             self.pause = self.last_pause;
         }
-        fits.then_some((kind, encoded))
+        fits.then_some(kind)
     }
 }

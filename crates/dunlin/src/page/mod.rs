@@ -15,7 +15,7 @@ mod decoder;
 mod encoder;
 
 pub(crate) use decoder::{Decoder, PlaceError};
-pub(crate) use encoder::{Compression, Encoder, Link, Out};
+pub(crate) use encoder::{Compression, Encoder, Encodings, Link, Out, survey};
 
 /// The most guest RAM that is compressed as one, which bounds a decoder's buffer.
 pub(crate) const MAX_UNIT_BYTES: usize = 64 << 10;
@@ -144,16 +144,11 @@ mod tests {
     /// What the encoder says of each run, and the versions it may use.
     #[derive(Default)]
     struct Collected {
-        data: Vec<u8>,
         runs: Vec<(PageKind, u64, usize, usize)>,
         versions: HashMap<u64, Vec<u8>>,
     }
 
     impl Out for Collected {
-        fn data(&mut self) -> &mut Vec<u8> {
-            &mut self.data
-        }
-
         fn push(&mut self, kind: PageKind, offset: u64, pages: &[u8], encoded: usize) {
             self.runs.push((kind, offset, pages.len(), encoded));
         }
@@ -161,6 +156,14 @@ mod tests {
         fn sent_before(&mut self, offset: u64) -> Option<&[u8]> {
             self.versions.get(&offset).map(Vec::as_slice)
         }
+    }
+
+    /// Encodes pages from offset 0 on.
+    fn encode(encoder: &mut Encoder, pages: &[u8], link: &Link, out: &mut Collected) -> Vec<u8> {
+        let mut encodings = Encodings::default();
+        encodings.room(pages.len()).copy_from_slice(pages);
+        encoder.encode(&mut encodings, pages.len(), 0, link, out);
+        encodings.as_slice().to_vec()
     }
 
     fn block() -> RamBlock {
@@ -217,18 +220,18 @@ mod tests {
                 }
             }
             let all: Vec<u8> = pages.iter().flat_map(|(_, bytes)| bytes.clone()).collect();
-            Encoder::new(compression).unwrap().encode(&all, 0, &slow_link(), &mut out);
+            let data = encode(&mut Encoder::new(compression).unwrap(), &all, &slow_link(), &mut out);
 
             let (mut at, mut done) = (0, 0);
             let mut decoder = Decoder::default();
             for (kind, offset, length, encoded) in out.runs {
                 prop_assert_eq!(offset as usize, done, "runs are in order and without gaps");
                 prop_assert!(kind.accepts(length as u32, encoded as u32), "{:?} {} {}", kind, length, encoded);
-                decoder.decode(kind, &out.data[at..at + encoded], &block, offset, length).unwrap();
+                decoder.decode(kind, &data[at..at + encoded], &block, offset, length).unwrap();
                 at += encoded;
                 done += length;
             }
-            prop_assert_eq!((at, done), (out.data.len(), PAGES * PAGE));
+            prop_assert_eq!((at, done), (data.len(), PAGES * PAGE));
             let mut ram = vec![0; PAGES * PAGE];
             block.read(0, &mut ram).unwrap();
             prop_assert!(ram == all, "RAM is not what was encoded");
@@ -251,6 +254,38 @@ mod tests {
         }
     }
 
+    /// Looking at pages where they are finds the kinds that copying and encoding them finds.
+    #[test]
+    fn surveys() {
+        let block = block();
+        let mut random = 1u64;
+        for number in 0..PAGES as u64 {
+            random = random.wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(17);
+            match random % 4 {
+                0 | 1 => {}
+                2 => block.write(number * PAGE_SIZE, &[1]).unwrap(),
+                _ => block.write(number * PAGE_SIZE + PAGE_SIZE - 1, &[1]).unwrap(),
+            }
+        }
+        let mut pages = vec![0; PAGES * PAGE];
+        block.read(0, &mut pages).unwrap();
+        let mut out = Collected::default();
+        encode(&mut Encoder::new(Compression::None).unwrap(), &pages, &slow_link(), &mut out);
+        let by_page = |runs: &[(PageKind, u64, usize)]| -> Vec<(PageKind, u64)> {
+            let pages = |run: &(PageKind, u64, usize)| (run.0, run.1..run.1 + run.2 as u64);
+            runs.iter().map(pages).flat_map(|(kind, run)| run.step_by(PAGE).map(move |at| (kind, at))).collect()
+        };
+        let mut found = Vec::new();
+        survey(&block, 0..(PAGES * PAGE) as u64, |kind, run| {
+            found.push((kind, run.start, (run.end - run.start) as usize))
+        })
+        .unwrap();
+        let encoded: Vec<_> = out.runs.iter().map(|(kind, offset, length, _)| (*kind, *offset, *length)).collect();
+        assert_eq!(by_page(&found), by_page(&encoded));
+        assert!(found.windows(2).all(|pair| pair[0].0 != pair[1].0), "in runs as long as they can be: {found:?}");
+        assert!(survey(&block, 0..(PAGES as u64 + 1) * PAGE_SIZE, |_, _| {}).is_err());
+    }
+
     #[test]
     fn the_cheapest_that_is_enough() {
         let text: Vec<u8> = b"a guest writes words ".iter().copied().cycle().take(2 * PAGE).collect();
@@ -260,7 +295,7 @@ mod tests {
         let mut old = all[3 * PAGE..4 * PAGE].to_vec();
         old[9] ^= 1;
         out.versions.insert(3 * PAGE_SIZE, old);
-        Encoder::new(Compression::Lz4).unwrap().encode(&all, 0, &slow_link(), &mut out);
+        encode(&mut Encoder::new(Compression::Lz4).unwrap(), &all, &slow_link(), &mut out);
         let kinds: Vec<_> = out.runs.iter().map(|(kind, _, length, _)| (*kind, length / PAGE)).collect();
         use PageKind::{Delta, Lz4, Zero};
         assert_eq!(kinds, [(Zero, 1), (Lz4, 2), (Delta, 1), (Lz4, 3)], "{kinds:?}");
@@ -282,7 +317,7 @@ mod tests {
         let compressed = |pages: &[u8], link: &Link| {
             let mut encoder = Encoder::new(Compression::Zstd { level: 3 }).unwrap();
             let mut out = Collected::default();
-            (0..1000).for_each(|_| encoder.encode(pages, 0, link, &mut out));
+            (0..1000).for_each(|_| drop(encode(&mut encoder, pages, link, &mut out)));
             out.runs.iter().filter(|(kind, ..)| *kind == PageKind::Zstd).count()
         };
         assert_eq!(compressed(&text, &slow_link()), 1000);

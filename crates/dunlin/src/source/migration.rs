@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use super::contention::Contention;
 use super::convergence::{self, Costs, Decision, RoundFigures, Verdict};
+use super::dirty::DirtyRam;
 use super::setup::{self, Control};
-use super::worker::{Common, DirtyRam};
+use super::worker::Common;
 use super::workers::Workers;
 use super::{Event, Shared, switchover};
 use crate::channel::Connections;

@@ -6,6 +6,8 @@
 
 mod contention;
 mod convergence;
+mod dirty;
+mod frame;
 mod migration;
 mod pacing;
 mod setup;

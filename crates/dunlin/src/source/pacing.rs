@@ -15,7 +15,7 @@ const CATCH_UP: Duration = Duration::from_millis(20);
 /// Longest sleep between looks at the rate and the stop flag.
 const LOOK: Duration = Duration::from_millis(20);
 /// Bytes of pages in a frame at full speed.
-const FRAME_BYTES: u64 = 256 << 10;
+const FRAME_BYTES: u64 = 2 << 20;
 /// A frame takes at most this part of a second: the smaller the frames, the evener a slow stream.
 const FRAMES_PER_SECOND: u64 = 100;
 const SMALLEST_FRAME: u64 = 4096;

@@ -61,25 +61,6 @@ impl Versions {
         first..(first + WAYS).min(self.places.len())
     }
 
-    /// Counts a run that is about to be [`sent`](Self::sent).
-    pub(super) fn count(&mut self, kind: PageKind, block: u16, bytes: std::ops::Range<u64>, encoded: usize) {
-        let length = bytes.end.saturating_sub(bytes.start);
-        match kind {
-            PageKind::Delta => {
-                self.counts.hits += length / PAGE_SIZE;
-                self.counts.saved_bytes += length.saturating_sub(encoded as u64);
-            }
-            PageKind::Zero => {}
-            _ if self.round < 2 => {}
-            _ => {
-                for offset in bytes.step_by(PAGE) {
-                    let known = self.find(key(block, offset)).is_some();
-                    *(if known { &mut self.counts.overflows } else { &mut self.counts.misses }) += 1;
-                }
-            }
-        }
-    }
-
     fn find(&self, key: u64) -> Option<usize> {
         let set = self.set(key);
         let places = self.places.get(set.clone())?;
@@ -91,25 +72,42 @@ impl Versions {
         self.find(key(block, offset)).and_then(|place| self.places.get(place)).map(|place| &*place.page)
     }
 
-    /// A page was sent as `kind`.
-    pub(super) fn sent(&mut self, kind: PageKind, block: u16, offset: u64, page: &[u8]) {
-        let key = key(block, offset);
-        let admit = |versions: &mut Self| if kind == PageKind::Zero { None } else { versions.admit(key) };
-        let Some(place) = self.find(key).or_else(|| admit(self)) else { return };
-        let Some(place) = self.places.get_mut(place) else { return };
-        place.used = self.round;
-        if place.page.len() == page.len() {
-            place.page.copy_from_slice(page);
-        } else {
-            place.page = page.into();
+    /// Whether pages sent in this round are kept.
+    pub(super) fn admits(&self) -> bool {
+        self.round >= 2
+    }
+
+    /// Pages of a block, from `offset` on, were sent as `kind` in `encoded` bytes.
+    pub(super) fn sent(&mut self, kind: PageKind, block: u16, offset: u64, pages: &[u8], encoded: usize) {
+        if !self.admits() {
+            return;
+        }
+        if kind == PageKind::Delta {
+            self.counts.saved_bytes += pages.len().saturating_sub(encoded) as u64;
+        }
+        for (page, offset) in pages.chunks_exact(PAGE).zip((offset..).step_by(PAGE)) {
+            let key = key(block, offset);
+            let known = self.find(key);
+            match (kind, known) {
+                (PageKind::Zero, None) => continue,
+                (PageKind::Zero, _) => {}
+                (PageKind::Delta, _) => self.counts.hits += 1,
+                (_, Some(_)) => self.counts.overflows += 1,
+                (_, None) => self.counts.misses += 1,
+            }
+            let Some(place) = known.or_else(|| self.admit(key)) else { continue };
+            let Some(place) = self.places.get_mut(place) else { continue };
+            place.used = self.round;
+            if place.page.len() == page.len() {
+                place.page.copy_from_slice(page);
+            } else {
+                place.page = page.into();
+            }
         }
     }
 
     /// A place for a page that has none, if one is free or has not been used of late.
     fn admit(&mut self, key: u64) -> Option<usize> {
-        if self.round < 2 {
-            return None;
-        }
         let set = self.set(key);
         let round = self.round;
         let places = self.places.get_mut(set.clone())?;
@@ -134,19 +132,19 @@ mod tests {
     fn holds_what_was_sent_last() {
         let mut versions = Versions::new(1 << 20);
         versions.begin(1);
-        versions.sent(PageKind::Plain, 0, 0, &page(1));
+        versions.sent(PageKind::Plain, 0, 0, &page(1), PAGE);
         assert_eq!(versions.get(0, 0), None, "the first round passes by");
         versions.begin(2);
-        versions.sent(PageKind::Plain, 0, 0, &page(2));
-        versions.sent(PageKind::Plain, 1, 0, &page(3));
+        versions.sent(PageKind::Plain, 0, 0, &page(2), PAGE);
+        versions.sent(PageKind::Plain, 1, 0, &page(3), PAGE);
         assert_eq!(versions.get(0, 0), Some(&page(2)[..]));
         assert_eq!(versions.get(1, 0), Some(&page(3)[..]));
-        versions.sent(PageKind::Plain, 0, 0, &page(4));
+        versions.sent(PageKind::Plain, 0, 0, &page(4), PAGE);
         assert_eq!(versions.get(0, 0), Some(&page(4)[..]));
         assert_eq!(versions.get(0, PAGE_SIZE), None);
         // Zeros replace what is there, and take no place of their own.
-        versions.sent(PageKind::Zero, 0, 0, &page(0));
-        versions.sent(PageKind::Zero, 0, PAGE_SIZE, &page(0));
+        versions.sent(PageKind::Zero, 0, 0, &page(0), PAGE);
+        versions.sent(PageKind::Zero, 0, PAGE_SIZE, &page(0), PAGE);
         assert_eq!((versions.get(0, 0), versions.get(0, PAGE_SIZE)), (Some(&page(0)[..]), None));
     }
 
@@ -154,7 +152,7 @@ mod tests {
     fn no_room_no_pages() {
         let mut versions = Versions::new(PAGE_SIZE * WAYS as u64 - 1);
         versions.begin(2);
-        versions.sent(PageKind::Plain, 0, 0, &page(1));
+        versions.sent(PageKind::Plain, 0, 0, &page(1), PAGE);
         assert_eq!(versions.get(0, 0), None);
     }
 
@@ -167,7 +165,8 @@ mod tests {
         let mut sweep = |round: u32, from: u64| {
             versions.begin(round);
             let hits = (from..from + PAGES).filter(|n| versions.get(0, n * PAGE_SIZE).is_some()).count();
-            (from..from + PAGES).for_each(|n| versions.sent(PageKind::Plain, 0, n * PAGE_SIZE, &page(round as u8)));
+            (from..from + PAGES)
+                .for_each(|n| versions.sent(PageKind::Plain, 0, n * PAGE_SIZE, &page(round as u8), PAGE));
             hits as f64 / PAGES as f64
         };
         assert!(sweep(2, 0) < 0.001);

@@ -6,11 +6,12 @@ use std::sync::mpsc::{self, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::frame::Frame;
 use super::setup::DataChannel;
 use super::versions::Versions;
-use super::worker::{Common, Frame, Worker};
+use super::worker::{Common, Worker};
 use super::{Event, Shared};
-use crate::channel::Connection;
+use crate::channel::{Connection, block_broken_pipe_signal};
 use crate::error::Cause;
 use crate::link::{contain, lock, spawn};
 use crate::page::{Compression, Encoder, Link};
@@ -69,6 +70,7 @@ impl Workers {
                 frame: Frame::new(
                     parameters.integrity,
                     (parameters.xbzrle == Switch::On).then(|| Versions::new(cache_bytes)),
+                    parameters.zero_copy_send,
                 ),
                 parts: Vec::new(),
             };
@@ -77,6 +79,8 @@ impl Workers {
             let (events, cpu) = (events.clone(), shared.cpu.clone());
             workers.threads.push(spawn("source worker", move || {
                 let mut meter = cpu.meter();
+                // `sendfile` to a peer that has gone would end the VMM's process.
+                block_broken_pipe_signal();
                 for round in wanted {
                     let result = contain("source worker", || worker.round(round));
                     meter.add();

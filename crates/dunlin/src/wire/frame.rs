@@ -5,7 +5,7 @@
 //! its runs are, the data's before it counts.
 
 use super::codec::{Reader, Writer};
-use super::{ENTRY_BYTES, MAX_ENTRIES, WireError};
+use super::{ENTRY_BYTES, MAX_ENTRIES, MAX_PAGES_BYTES, WireError};
 
 /// Size of a header.
 pub(crate) const HEADER_BYTES: usize = 40;
@@ -63,7 +63,7 @@ impl FrameType {
         match self {
             Self::Start => 4 << 20,
             Self::Section => (1 << 20) + 512,
-            Self::Pages => 1 << 20,
+            Self::Pages => MAX_PAGES_BYTES,
             _ => 4096,
         }
     }

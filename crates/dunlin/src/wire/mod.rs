@@ -20,7 +20,7 @@ pub(crate) use hello::{HELLO_BYTES, Hello, HelloReply, REPLY_BYTES, Role, Sessio
 pub(crate) use message::{
     Abort, AbortReason, Done, Feature, Mark, MarkAck, Message, Offer, RoundDone, Running, Section, Start,
 };
-pub(crate) use pages::{ENTRY_BYTES, MAX_ENTRIES, PageRun, decode_runs, encode_run};
+pub(crate) use pages::{ENTRY_BYTES, MAX_ENTRIES, MAX_PAGES_BYTES, PageRun, decode_runs, encode_run};
 
 /// The most device state that a migration may carry.
 pub(crate) const MAX_DEVICE_STATE_BYTES: u64 = 256 << 20;

@@ -9,6 +9,9 @@ pub(crate) const ENTRY_BYTES: usize = 20;
 /// Entries that a frame may have.
 pub(crate) const MAX_ENTRIES: usize = 2048;
 
+/// Bytes of encodings that a frame may have: a whole chunk of plain pages.
+pub(crate) const MAX_PAGES_BYTES: u32 = 2 << 20;
+
 /// A run of contiguous guest RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PageRun {

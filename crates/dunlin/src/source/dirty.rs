@@ -1,0 +1,70 @@
+//! Dirty RAM of the whole machine: what is dirty, and how fast it becomes so.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use crate::error::Cause;
+use crate::memory::{DirtyBitmap, DirtyTracker, PAGE_SIZE, Ram};
+
+/// Dirty RAM of the whole machine and when each chunk was last re-armed.
+pub(super) struct DirtyRam {
+    pub(super) bitmaps: Vec<DirtyBitmap>,
+    pub(super) tracker: Box<dyn DirtyTracker>,
+    /// For each block and chunk, nanoseconds from `began` to its last re-arming.
+    armed: Vec<Box<[AtomicU64]>>,
+    last_sync: AtomicU64,
+    began: Instant,
+    /// Dirty bytes not yet taken in this round.
+    pub(super) remaining_bytes: AtomicU64,
+}
+
+impl DirtyRam {
+    /// Everything dirty. The tracker must have been started.
+    pub(super) fn new(ram: &Ram, tracker: Box<dyn DirtyTracker>) -> Self {
+        let bitmaps: Vec<_> = ram.blocks().iter().map(|block| DirtyBitmap::new(block.size_bytes())).collect();
+        bitmaps.iter().for_each(DirtyBitmap::set_all);
+        let armed =
+            bitmaps.iter().map(|b| std::iter::repeat_with(AtomicU64::default).take(b.chunks()).collect()).collect();
+        let remaining_bytes = AtomicU64::new(ram.total_bytes());
+        Self { bitmaps, tracker, armed, last_sync: AtomicU64::new(0), began: Instant::now(), remaining_bytes }
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Learns what was written since; gives the dirty bytes and the rate at which they became dirty.
+    pub(super) fn sync(&self) -> Result<(u64, u64), Cause> {
+        for (index, bitmap) in self.bitmaps.iter().enumerate() {
+            self.tracker.sync(index, bitmap)?;
+        }
+        let now = self.now();
+        // A chunk that was clean at the last look has been exposed since then, another since it was re-armed.
+        let last_sync = self.last_sync.swap(now, Ordering::Relaxed);
+        let (mut dirty_bytes, mut rate) = (0u64, 0f64);
+        for (bitmap, armed) in self.bitmaps.iter().zip(&self.armed) {
+            for chunk in bitmap.dirty_chunks() {
+                let bytes = bitmap.count_chunk(chunk) * PAGE_SIZE;
+                let since =
+                    armed.get(chunk).map_or(0, |nanoseconds| nanoseconds.load(Ordering::Relaxed)).max(last_sync);
+                dirty_bytes = dirty_bytes.saturating_add(bytes);
+                rate += bytes as f64 / (now.saturating_sub(since).max(1) as f64 / 1e9);
+            }
+        }
+        self.remaining_bytes.store(dirty_bytes, Ordering::Relaxed);
+        Ok((dirty_bytes, rate as u64))
+    }
+
+    /// The chunk of that block has been re-armed just now.
+    pub(super) fn armed(&self, block: usize, chunk: usize) {
+        if let Some(armed) = self.armed.get(block).and_then(|armed| armed.get(chunk)) {
+            armed.store(self.now(), Ordering::Relaxed);
+        }
+    }
+
+    /// So many dirty bytes have been taken.
+    pub(super) fn taken(&self, bytes: u64) {
+        let less = |remaining: u64| Some(remaining.saturating_sub(bytes));
+        let _ = self.remaining_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    }
+}
