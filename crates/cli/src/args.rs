@@ -49,6 +49,78 @@ pub enum Command {
 pub enum Bench {
     /// Dirty bitmaps: setting, counting, and walking while taking, by how many pages are dirty.
     Bitmap(BenchBitmap),
+    /// Idle machines from one process to another, beside the ways of copying their memory without a migration.
+    Throughput(BenchThroughput),
+    /// The receiving process of a measurement.
+    #[command(hide = true)]
+    Peer(BenchPeer),
+}
+
+#[derive(Debug, Args)]
+pub struct BenchThroughput {
+    /// The machine's RAM; each of the two processes has as much.
+    #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = size)]
+    pub memory: u64,
+    /// Connections that pages travel on.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub channels: u8,
+    /// How the two are connected.
+    #[arg(long, value_enum, default_value_t = Transport::Tcp)]
+    pub transport: Transport,
+    /// The host's pages that RAM is made of at the source: 4K, or 2M or 1G from the host's pool of huge pages.
+    #[arg(long, value_name = "SIZE", default_value_t = Backing::Base)]
+    pub hugepages: Backing,
+    /// The same at the destination [default: as at the source].
+    #[arg(long, value_name = "SIZE")]
+    pub into: Option<Backing>,
+    /// How often everything is measured, by turns.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
+    /// Measure every way of copying, not only the one to compare with.
+    #[arg(long)]
+    pub ways: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How a bare copy gets memory into a socket and out of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Way {
+    /// `write` from the mapping, pages populated ahead, `read` into the mapping.
+    Populate,
+    /// `write` from the mapping, `read` into the mapping, whose pages come as they are touched.
+    Straight,
+    /// `write` from the mapping, `read` into a buffer, `pwrite` into the memory's file.
+    Pwrite,
+    /// The same, and then its pages are mapped, as they are after the other ways.
+    PwriteMap,
+    /// `sendfile` from the memory's file, pages populated ahead, `read` into the mapping.
+    Sendfile,
+    /// `sendfile` from the memory's file, `read` into a buffer, `pwrite` into the memory's file.
+    SendfilePwrite,
+    /// `splice` through a pipe on both sides.
+    Splice,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchPeer {
+    #[arg(long, value_parser = size)]
+    pub memory: u64,
+    #[arg(long)]
+    pub hugepages: Backing,
+    /// Where to listen.
+    #[arg(long, value_parser = uri)]
+    pub listen: Uri,
+    /// Connections that a bare copy comes on; without, a migration is received.
+    #[arg(long, requires = "way")]
+    pub bare: Option<u8>,
+    #[arg(long, value_enum)]
+    pub way: Option<Way>,
+    #[arg(long, value_parser = setting)]
+    pub set: Vec<Setting>,
+    #[arg(long)]
+    pub exit_with_parent: u32,
 }
 
 #[derive(Debug, Args)]

@@ -63,7 +63,7 @@ fn size(args: &Run) -> String {
 }
 
 /// Has the kernel end this process when its parent ends, and ends it if that is so already.
-fn tie_to_parent(parent: u32) -> Result<()> {
+pub fn tie_to_parent(parent: u32) -> Result<()> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).context("could not tie to the parent")?;
     let now = rustix::process::getppid().map(Pid::as_raw_pid);
     if now.and_then(|pid| u32::try_from(pid).ok()) != Some(parent) {

@@ -6,9 +6,10 @@ use std::time::Instant;
 use dunlin::memory::{DirtyBitmap, PAGE_SIZE};
 use dunlin::units::format_size;
 
-use super::Measured;
+use super::{Column, Measured};
 use crate::args::BenchBitmap;
 
+const COLUMNS: &[Column] = &[Column { heading: "ms", key: "seconds", scale: 1e3, decimals: 3 }];
 /// Repeats, of which the median counts.
 const RUNS: usize = 11;
 
@@ -20,7 +21,7 @@ pub fn measure(args: &BenchBitmap) -> Measured {
     bitmap.set_all();
     bitmap.drain(|_| {});
 
-    let mut measured = Measured::default();
+    let mut measured = Measured::new(COLUMNS);
     let words = vec![1u64; usize::try_from(pages.div_ceil(64)).unwrap_or(0)];
     measured.add(
         format!("limit: every word of {size} read once"),
@@ -68,13 +69,13 @@ pub fn measure(args: &BenchBitmap) -> Measured {
     measured
 }
 
-/// Milliseconds of each run, without what has to be done before.
-fn time(mut before: impl FnMut(), mut run: impl FnMut()) -> Vec<f64> {
+/// Seconds of each run, without what has to be done before.
+fn time(mut before: impl FnMut(), mut run: impl FnMut()) -> Vec<Vec<f64>> {
     let once = |_| {
         before();
         let began = Instant::now();
         run();
-        began.elapsed().as_secs_f64() * 1e3
+        began.elapsed().as_secs_f64()
     };
-    (0..RUNS).map(once).collect()
+    vec![(0..RUNS).map(once).collect()]
 }

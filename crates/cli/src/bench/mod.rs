@@ -1,9 +1,13 @@
 //! `dunlin bench`: what parts of the engine take, each beside its physical limit measured in the same run.
 
 mod bitmap;
+mod copy;
+mod machine;
+mod peer;
+mod throughput;
 
 use anyhow::Result;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::Outcome;
 use crate::args::Bench;
@@ -14,14 +18,28 @@ use crate::terminal;
 pub fn bench(what: &Bench) -> Result<Outcome> {
     let (measured, json) = match what {
         Bench::Bitmap(args) => (bitmap::measure(args), args.json),
+        Bench::Throughput(args) => (throughput::measure(args)?, args.json),
+        Bench::Peer(args) => return peer::peer(args),
     };
     terminal::out(&if json { connection::pretty(&measured.json()) } else { measured.text() })?;
     Ok(Outcome::Success)
 }
 
+/// What is measured of each thing.
+#[derive(Debug)]
+struct Column {
+    heading: &'static str,
+    /// Its name in JSON.
+    key: &'static str,
+    /// From JSON's unit to the heading's.
+    scale: f64,
+    decimals: usize,
+}
+
 /// A table of measurements.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Measured {
+    columns: &'static [Column],
     rows: Vec<Row>,
 }
 
@@ -29,48 +47,56 @@ struct Measured {
 #[derive(Debug)]
 struct Row {
     what: String,
-    /// Milliseconds, in order.
-    milliseconds: Vec<f64>,
+    /// For each column the samples, in order; none where the column says nothing of this row.
+    samples: Vec<Vec<f64>>,
 }
 
-impl Row {
-    /// The least, the median and the most.
-    fn spread(&self) -> [f64; 3] {
-        let at = |index: usize| self.milliseconds.get(index).copied().unwrap_or(f64::NAN);
-        [at(0), at(self.milliseconds.len() / 2), at(self.milliseconds.len().saturating_sub(1))]
-    }
+/// The least, the median and the most.
+fn spread(samples: &[f64]) -> Option<[f64; 3]> {
+    Some([*samples.first()?, *samples.get(samples.len() / 2)?, *samples.last()?])
 }
 
 impl Measured {
-    fn add(&mut self, what: impl Into<String>, mut milliseconds: Vec<f64>) {
-        milliseconds.sort_by(f64::total_cmp);
-        self.rows.push(Row { what: what.into(), milliseconds });
+    fn new(columns: &'static [Column]) -> Self {
+        Self { columns, rows: Vec::new() }
+    }
+
+    /// Adds a row: for each column its samples.
+    fn add(&mut self, what: impl Into<String>, mut samples: Vec<Vec<f64>>) {
+        samples.iter_mut().for_each(|samples| samples.sort_by(f64::total_cmp));
+        self.rows.push(Row { what: what.into(), samples });
     }
 
     fn text(&self) -> String {
-        let rows: Vec<Vec<String>> = self
-            .rows
-            .iter()
-            .map(|row| {
-                let [least, median, most] = row.spread();
-                vec![row.what.clone(), format!("{median:.3}"), format!("{least:.3}"), format!("{most:.3}")]
-            })
-            .collect();
-        table(Align::Left, &["", "median ms", "min", "max"], &rows)
+        let cell = |(column, samples): (&Column, &Vec<f64>)| {
+            let Some([least, median, most]) = spread(samples) else { return "-".to_owned() };
+            let shown = |value: f64| format!("{:.*}", column.decimals, value * column.scale);
+            let [least, median, most] = [least, median, most].map(shown);
+            if least == most { median } else { format!("{median} ({least}-{most})") }
+        };
+        let row = |row: &Row| {
+            let cells = self.columns.iter().zip(&row.samples).map(cell);
+            std::iter::once(row.what.clone()).chain(cells).collect()
+        };
+        let rows: Vec<Vec<String>> = self.rows.iter().map(row).collect();
+        let header: Vec<&str> = std::iter::once("").chain(self.columns.iter().map(|column| column.heading)).collect();
+        let runs = self.rows.iter().flat_map(|row| row.samples.first()).map(Vec::len).max().unwrap_or(0);
+        format!("{}median (min-max) of {runs} runs\n", table(Align::Left, &header, &rows))
     }
 
     fn json(&self) -> Value {
-        let rows = self.rows.iter().map(|row| {
-            let [least, median, most] = row.spread();
-            json!({
-                "what": row.what,
-                "runs": row.milliseconds.len(),
-                "median_milliseconds": median,
-                "minimum_milliseconds": least,
-                "maximum_milliseconds": most,
-            })
-        });
-        rows.collect()
+        let row = |row: &Row| {
+            let mut object = Map::new();
+            object.insert("what".to_owned(), json!(row.what));
+            for (column, samples) in self.columns.iter().zip(&row.samples) {
+                let spread = spread(samples).map(|[least, median, most]| {
+                    json!({"runs": samples.len(), "median": median, "minimum": least, "maximum": most})
+                });
+                object.insert(column.key.to_owned(), spread.into());
+            }
+            Value::from(object)
+        };
+        self.rows.iter().map(row).collect()
     }
 }
 
@@ -80,10 +106,15 @@ mod tests {
 
     #[test]
     fn medians() {
-        let mut measured = Measured::default();
-        measured.add("a thing", vec![3.0, 1.0, 2.0]);
-        assert!(measured.text().contains("a thing  2.000      1.000  3.000"), "{}", measured.text());
+        const COLUMNS: &[Column] = &[
+            Column { heading: "ms", key: "seconds", scale: 1e3, decimals: 1 },
+            Column { heading: "of it", key: "of_it", scale: 1.0, decimals: 2 },
+        ];
+        let mut measured = Measured::new(COLUMNS);
+        measured.add("a thing", vec![vec![0.003, 0.001, 0.002], Vec::new()]);
+        assert!(measured.text().contains("a thing  2.0 (1.0-3.0)  -"), "{}", measured.text());
         let json = measured.json();
-        assert_eq!((&json[0]["median_milliseconds"], &json[0]["runs"]), (&json!(2.0), &json!(3)));
+        assert_eq!((&json[0]["seconds"]["median"], &json[0]["seconds"]["runs"]), (&json!(0.002), &json!(3)));
+        assert!(json[0]["of_it"].is_null());
     }
 }

@@ -36,8 +36,11 @@ impl Backing {
         }
     }
 
-    /// A mapping of `size` bytes of it.
-    pub(super) fn map(self, size: usize) -> io::Result<MmapRegion> {
+    /// A new mapping of `size` bytes of it, all zeros.
+    ///
+    /// # Errors
+    /// The system's: no memory, or not as many huge pages as it takes.
+    pub fn map(self, size: usize) -> io::Result<MmapRegion> {
         let flags = match self {
             Self::Base => MemfdFlags::CLOEXEC,
             Self::Huge2M => MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
