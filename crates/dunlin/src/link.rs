@@ -15,11 +15,10 @@ use crate::channel::{Connection, More, Origin};
 use crate::error::Cause;
 use crate::memory::{GuestSlice, PAGE_SIZE};
 use crate::page::PageKind;
-use crate::parameters::Switch;
 use crate::report::{ChannelReport, DeltaCounts, PageCounts};
 use crate::wire::{
-    FrameHeader, FrameType, HEADER_BYTES, HELLO_BYTES, Hello, HelloReply, Message, PageRun, REPLY_BYTES, Role,
-    SessionId, WireError, data_checksum, decode_runs, table_checksum,
+    DataDigest, FrameHeader, FrameType, HEADER_BYTES, HELLO_BYTES, Hello, HelloReply, Message, PageRun, REPLY_BYTES,
+    Role, SessionId, WireError, data_checksum, decode_runs, table_checksum,
 };
 
 /// Figures of one channel, readable while it works.
@@ -87,19 +86,32 @@ impl FrameSender {
     }
 
     /// Sends a frame of pages: a table of runs, their encodings, and the checksum of the pages themselves.
-    pub(crate) fn send_pages(&mut self, table: &[u8], data: PagesData<'_>, checksum: u64) -> Result<(), Cause> {
-        let (slices, zero_copy) = match data {
-            PagesData::Copied(data) => return self.send_frame(FrameType::Pages, table, data, checksum),
-            PagesData::InPlace(slices, zero_copy) => (slices, zero_copy),
+    pub(crate) fn send_pages(&mut self, table: &[u8], data: PagesData<'_>) -> Result<(), Cause> {
+        let length = match &data {
+            PagesData::Encoded { bytes, .. } => bytes.len(),
+            PagesData::InPlace { slices, .. } => slices.iter().map(GuestSlice::len).sum(),
         };
-        let length = slices.iter().map(GuestSlice::len).sum::<usize>();
-        self.send_with(FrameType::Pages, table, length, checksum, |connection, header| {
+        self.send_with(FrameType::Pages, table, length, 0, |connection, header| {
             let beginning = [Origin::Buffer(header), Origin::Buffer(table)];
-            if zero_copy == Switch::On {
-                return connection.send_zero_copy(&beginning, slices);
+            let unchecked = 0u64.to_le_bytes();
+            match data {
+                PagesData::Encoded { bytes, checksum } => {
+                    let checksum = checksum.to_le_bytes();
+                    let pieces = [header, table, bytes, &checksum];
+                    connection.send_all(&mut pieces.map(IoSlice::new))
+                }
+                PagesData::InPlace { slices, way: Way::Straight } => {
+                    let guest = slices.iter().map(Origin::Guest);
+                    let all = beginning.into_iter().chain(guest).chain([Origin::Buffer(&unchecked)]);
+                    connection.send_from(&all.collect::<Vec<_>>(), More::No)
+                }
+                PagesData::InPlace { slices, way: Way::ZeroCopy } => {
+                    connection.send_zero_copy(&beginning, slices, &unchecked)
+                }
+                PagesData::InPlace { slices, way: Way::Checked(buffer) } => {
+                    send_checked(connection, &beginning, slices, buffer)
+                }
             }
-            let guest = slices.iter().map(Origin::Guest);
-            connection.send_from(&beginning.into_iter().chain(guest).collect::<Vec<_>>(), More::No)
         })
     }
 
@@ -139,20 +151,73 @@ impl FrameSender {
         send(&self.connection, &header.encode())?;
         self.broken = false;
         self.sequence = self.sequence.wrapping_add(1);
-        let bytes = (HEADER_BYTES + table.len() + data_length) as u64;
+        let bytes = HEADER_BYTES + table.len() + data_length + frame_type.trailer_bytes();
+        let bytes = bytes as u64;
         self.counters.bytes.fetch_add(bytes, Ordering::Relaxed);
         self.counters.frames.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 }
 
-/// The encodings of a Pages frame.
-#[derive(Debug, Clone, Copy)]
+/// What a Pages frame carries.
+#[derive(Debug)]
 pub(crate) enum PagesData<'a> {
-    /// In a buffer.
-    Copied(&'a [u8]),
-    /// Plain pages where they are, copied by the kernel or, if switched on, not at all.
-    InPlace(&'a [GuestSlice<'a>], Switch),
+    /// Encodings in a buffer.
+    Encoded {
+        /// One behind the other.
+        bytes: &'a [u8],
+        /// Of the pages that they stand for.
+        checksum: u64,
+    },
+    /// Plain pages where they are.
+    InPlace {
+        /// In the order of the table.
+        slices: &'a [GuestSlice<'a>],
+        /// How they get to the socket.
+        way: Way<'a>,
+    },
+}
+
+/// How pages get from where they are to the socket.
+#[derive(Debug)]
+pub(crate) enum Way<'a> {
+    /// The kernel copies them, and nobody checks them.
+    Straight,
+    /// The socket gets the pages of the guest's file, and nobody checks them.
+    ZeroCopy,
+    /// Through this buffer, which is small enough to stay in a processor's cache, and where they are checked: the guest
+    /// may write to them meanwhile, and the checksum must be that of the bytes sent.
+    Checked(&'a mut [u8]),
+}
+
+/// Sends `beginning`, `slices` and their checksum, by way of `buffer`.
+fn send_checked(
+    connection: &Connection,
+    mut beginning: &[Origin<'_>],
+    slices: &[GuestSlice<'_>],
+    buffer: &mut [u8],
+) -> Result<(), Cause> {
+    let mut digest = DataDigest::default();
+    let mut filled = 0;
+    for slice in slices {
+        let mut at = 0;
+        while at < slice.len() {
+            if filled == buffer.len() {
+                connection.send_from(&[beginning, &[Origin::Buffer(buffer)]].concat(), More::Yes)?;
+                beginning = &[];
+                filled = 0;
+            }
+            let length = (slice.len() - at).min(buffer.len() - filled);
+            let piece = buffer.get_mut(filled..filled + length).unwrap_or_default();
+            slice.read(at, piece)?;
+            digest.update(piece);
+            at += length;
+            filled += length;
+        }
+    }
+    let checksum = digest.value().to_le_bytes();
+    let end = [Origin::Buffer(buffer.get(..filled).unwrap_or_default()), Origin::Buffer(&checksum)];
+    connection.send_from(&[beginning, &end].concat(), More::No)
 }
 
 /// The receiving direction of a connection.
@@ -168,15 +233,8 @@ pub(crate) struct FrameReceiver {
 #[derive(Debug)]
 pub(crate) enum Received {
     Message(Message),
-    /// The table of a Pages frame, decoded and checked; its data is still to be received.
-    Pages(PagesFrame),
-}
-
-/// A Pages frame whose data is still to be received.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct PagesFrame {
-    /// The checksum that the data must have.
-    pub(crate) data_checksum: u64,
+    /// The table of a Pages frame, decoded and checked; its data and their checksum are still to be received.
+    Pages,
 }
 
 impl FrameReceiver {
@@ -199,7 +257,10 @@ impl FrameReceiver {
         self.connection.recv_exact(&mut bytes)?;
         let header = FrameHeader::decode(&bytes, self.sequence).map_err(|e| self.wire(e))?;
         self.sequence = self.sequence.wrapping_add(1);
-        let total = HEADER_BYTES as u64 + u64::from(header.table_length) + u64::from(header.data_length);
+        let total = HEADER_BYTES as u64
+            + u64::from(header.table_length)
+            + u64::from(header.data_length)
+            + header.frame_type.trailer_bytes() as u64;
         self.counters.bytes.fetch_add(total, Ordering::Relaxed);
         self.counters.frames.fetch_add(1, Ordering::Relaxed);
         // Within the limit of its type: `decode` saw to it.
@@ -210,7 +271,7 @@ impl FrameReceiver {
         }
         if header.frame_type == FrameType::Pages {
             decode_runs(&self.table, header.data_length, block_bytes, runs).map_err(|e| self.wire(e))?;
-            return Ok(Received::Pages(PagesFrame { data_checksum: header.data_checksum }));
+            return Ok(Received::Pages);
         }
         let mut body = vec![0; header.data_length as usize];
         self.connection.recv_exact(&mut body)?;
@@ -224,7 +285,7 @@ impl FrameReceiver {
     pub(crate) fn next_message(&mut self) -> Result<Message, Cause> {
         match self.next(&[], &mut Vec::new())? {
             Received::Message(message) => Ok(message),
-            Received::Pages(_) => Err(Cause::Unexpected { message: "Pages", expected: "a message" }),
+            Received::Pages => Err(Cause::Unexpected { message: "Pages", expected: "a message" }),
         }
     }
 }

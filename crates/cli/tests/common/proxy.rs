@@ -164,7 +164,9 @@ impl Link {
             if from.read_exact(&mut bytes).is_err() {
                 return Ok(());
             }
-            let length = (number(&bytes[16..20]) + number(&bytes[20..24])) as usize;
+            // The checksum of pages comes behind them.
+            let trailer = if number(&bytes[4..6]) == 32 { 8 } else { 0 };
+            let length = (number(&bytes[16..20]) + number(&bytes[20..24]) + trailer) as usize;
             if !bytes.starts_with(b"DLF1") || number(&bytes[8..16]) != sequence || length > MOST_BYTES {
                 return Err(format!("frame {sequence} begins with {bytes:02x?}"));
             }

@@ -135,11 +135,16 @@ impl Connection {
         Ok(())
     }
 
-    /// Sends `beginning` and then `slices`. Where a slice is long and has a file, the socket gets the file's pages, and
+    /// Sends `beginning`, `slices` and `end`. Where a slice is long and has a file, the socket gets the file's pages, and
     /// nothing is copied here. The calling thread must [block](block_broken_pipe_signal) SIGPIPE.
-    pub(crate) fn send_zero_copy(&self, beginning: &[Origin<'_>], slices: &[GuestSlice<'_>]) -> Result<(), Cause> {
+    pub(crate) fn send_zero_copy(
+        &self,
+        beginning: &[Origin<'_>],
+        slices: &[GuestSlice<'_>],
+        end: &[u8],
+    ) -> Result<(), Cause> {
         let mut waiting = beginning.to_vec();
-        for (index, slice) in slices.iter().enumerate() {
+        for slice in slices {
             let worth = slice.len() >= WORTH_A_CALL;
             let Some((file, offset)) = slice.file().filter(|_| worth) else {
                 waiting.push(Origin::Guest(slice));
@@ -147,12 +152,13 @@ impl Connection {
             };
             self.send_from(&waiting, More::Yes)?;
             waiting.clear();
-            self.send_file(file, offset, slice, if index + 1 < slices.len() { More::Yes } else { More::No })?;
+            self.send_file(file, offset, slice)?;
         }
+        waiting.push(Origin::Buffer(end));
         self.send_from(&waiting, More::No)
     }
 
-    fn send_file(&self, file: &File, offset: u64, slice: &GuestSlice<'_>, more: More) -> Result<(), Cause> {
+    fn send_file(&self, file: &File, offset: u64, slice: &GuestSlice<'_>) -> Result<(), Cause> {
         let end = offset.saturating_add(slice.len() as u64);
         let mut at = offset;
         while at < end {
@@ -162,7 +168,7 @@ impl Connection {
                 Ok(0) => return Err(self.error("send guest RAM to", io::ErrorKind::UnexpectedEof.into())),
                 Ok(_) | Err(Errno::INTR) => {}
                 // Not a file whose pages a socket takes.
-                Err(Errno::INVAL) if at == offset => return self.send_from(&[Origin::Guest(slice)], more),
+                Err(Errno::INVAL) if at == offset => return self.send_from(&[Origin::Guest(slice)], More::Yes),
                 Err(e) => return Err(self.error("send guest RAM to", e.into())),
             }
         }

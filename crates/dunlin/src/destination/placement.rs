@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::channel::Target;
 use crate::error::Cause;
-use crate::link::{ChannelCounters, FrameReceiver, PagesFrame};
+use crate::link::{ChannelCounters, FrameReceiver};
 use crate::memory::{DirtyBitmap, MemoryError, PAGE_SIZE, Ram, RamBlock};
 use crate::page::{Decoder, PageKind, PlaceError};
 use crate::parameters::Integrity;
-use crate::wire::{DataDigest, PageRun, WireError};
+use crate::wire::{DataDigest, PAGES_TRAILER_BYTES, PageRun, WireError};
 
 /// The guest's RAM while it is being received, by several channels at once.
 #[derive(Debug)]
@@ -73,7 +73,6 @@ impl Placement {
     pub(super) fn place(
         &self,
         receiver: &FrameReceiver,
-        frame: PagesFrame,
         runs: &[PageRun],
         counters: &ChannelCounters,
         staging: &mut Staging,
@@ -85,7 +84,8 @@ impl Placement {
         let encoded = runs.iter().filter(|run| run.kind != PageKind::Plain).map(|run| run.encoded_length as usize);
         staging.bytes.resize(encoded.sum(), 0);
         let mut free = staging.bytes.as_mut_slice();
-        let mut targets = Vec::with_capacity(runs.len());
+        let mut checksum = [0; PAGES_TRAILER_BYTES];
+        let mut targets = Vec::with_capacity(runs.len() + 1);
         for run in runs {
             let (block, touched) = self.block(run)?;
             if run.kind == PageKind::Plain {
@@ -97,6 +97,7 @@ impl Placement {
                 free = rest;
             }
         }
+        targets.push(Target::Buffer(&mut checksum));
         receiver.connection().recv_into(&mut targets)?;
         drop(targets);
         let mut encoded = staging.bytes.as_slice();
@@ -119,7 +120,7 @@ impl Placement {
                 PlaceError::Memory(error) => error.into(),
             })?;
         }
-        self.check(receiver, frame, runs)?;
+        self.check(receiver, u64::from_le_bytes(checksum), runs)?;
         for run in runs {
             counters.count(run.kind, u64::from(run.length));
         }
@@ -127,7 +128,7 @@ impl Placement {
     }
 
     /// Compares what is in RAM now with the source's checksum of what the guest wrote there.
-    fn check(&self, receiver: &FrameReceiver, frame: PagesFrame, runs: &[PageRun]) -> Result<(), Cause> {
+    fn check(&self, receiver: &FrameReceiver, checksum: u64, runs: &[PageRun]) -> Result<(), Cause> {
         if self.integrity() == Integrity::None {
             return Ok(());
         }
@@ -136,7 +137,7 @@ impl Placement {
             let (block, _) = self.block(run)?;
             block.io_slice(run.offset, run.length as usize)?.with_bytes(|bytes| digest.update(bytes));
         }
-        if digest.value() == frame.data_checksum {
+        if digest.value() == checksum {
             return Ok(());
         }
         Err(receiver.wire(WireError::Checksum { what: "guest RAM" }))

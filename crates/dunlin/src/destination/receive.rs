@@ -95,11 +95,11 @@ impl Receiving {
         let received = self.receiver.next(self.placement.block_bytes(), runs)?;
         self.heard.touch();
         match (received, self.carries.channel()) {
-            (Received::Pages(frame), Some(_)) => {
-                self.placement.place(&self.receiver, frame, runs, &self.counters, &mut self.staging)?;
+            (Received::Pages, Some(_)) => {
+                self.placement.place(&self.receiver, runs, &self.counters, &mut self.staging)?;
                 Ok(None)
             }
-            (Received::Pages(_), None) => {
+            (Received::Pages, None) => {
                 Err(Cause::Unexpected { message: "Pages", expected: "a message on the control connection" })
             }
             (Received::Message(Message::Mark(mark)), Some(channel)) => {

@@ -211,6 +211,22 @@ impl RamBlock {
         Ok(())
     }
 
+    /// Whether `range` (bytes, whole pages) is all zeros, looked at where it is. The guest may be writing meanwhile, as
+    /// for [`read`](Self::read).
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`].
+    pub(crate) fn is_zero(&self, range: Range<u64>) -> Result<bool, MemoryError> {
+        /// 256 bytes, looked at as one.
+        type Piece = [u64; 32];
+        let length = range.end.saturating_sub(range.start);
+        let from = self.pointer(range.start, length)?.cast::<Piece>();
+        let pieces = length as usize / size_of::<Piece>();
+        // SAFETY: `pointer` checked the range, and all pieces lie in it. They are copied out, as in `read`.
+        Ok((0..pieces)
+            .all(|piece| unsafe { from.add(piece).read_unaligned() }.iter().fold(0, |all, word| all | word) == 0))
+    }
+
     /// Copies `data` into guest RAM at `offset`.
     ///
     /// # Errors
@@ -353,6 +369,11 @@ impl GuestSlice<'_> {
     pub(crate) fn file(&self) -> Option<(&File, u64)> {
         let (file, base) = self.block.file.as_deref().filter(|_| self.block.host_page_size == PAGE_SIZE)?;
         Some((file, base.saturating_add(self.offset)))
+    }
+
+    /// Copies the bytes from `at` on into `buffer`. The guest may be writing meanwhile, as for [`RamBlock::read`].
+    pub(crate) fn read(&self, at: usize, buffer: &mut [u8]) -> Result<(), MemoryError> {
+        self.block.read(self.offset.saturating_add(at as u64), buffer)
     }
 
     /// Feeds the bytes to `digest`; only at the destination, before a vCPU runs.

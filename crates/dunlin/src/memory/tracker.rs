@@ -11,11 +11,14 @@ use super::DirtyBitmap;
 /// so far. [`rearm`](Self::rearm), just before a chunk is read, takes what was written in it and begins anew, so
 /// that a page written between the two travels once and not twice.
 ///
+/// At the start every page counts as written: the engine sends all of RAM in the first round, and re-arms all of it. So
+/// an implementation may report pages that have not been re-armed yet, or leave them out.
+///
 /// What must stay true of an implementation: a write that ends before `rearm` begins is in the bitmap when it
 /// returns; a write that begins after `rearm` returns is in the bitmap after the next `rearm` or `sync`; a write in
 /// between is in one of them at least. Pages that were not written may be reported, written ones never left out.
 pub trait DirtyTracker: Send + Sync {
-    /// Begins: from here on every write is seen. Called once, with the guest running.
+    /// Begins: from here on every write to a page that has been re-armed is seen. Called once, with the guest running.
     ///
     /// # Errors
     /// When the kernel refuses; nothing is tracked then.

@@ -43,14 +43,18 @@ impl Userfault {
         Ok(Self { fd })
     }
 
-    /// Registers `range` (addresses, page-aligned) and protects all of it.
-    pub(super) fn protect(&self, range: Range<u64>) -> io::Result<()> {
-        let uffd_range = sys::uffdio_range { start: range.start, len: range.end.saturating_sub(range.start) };
-        let mut register =
-            sys::uffdio_register { range: uffd_range, mode: u64::from(sys::UFFDIO_REGISTER_MODE_WP), ioctls: 0 };
+    /// Registers `range` (addresses, page-aligned). Its pages count as written until they are protected.
+    pub(super) fn register(&self, range: Range<u64>) -> io::Result<()> {
+        let range = sys::uffdio_range { start: range.start, len: range.end.saturating_sub(range.start) };
+        let mut register = sys::uffdio_register { range, mode: u64::from(sys::UFFDIO_REGISTER_MODE_WP), ioctls: 0 };
         // SAFETY: `register` is what UFFDIO_REGISTER takes; registering changes no contents.
-        unsafe { update::<{ UFFDIO_REGISTER as Opcode }, _>(&self.fd, &mut register) }?;
-        let mut protect = sys::uffdio_writeprotect { range: uffd_range, mode: WRITEPROTECT_MODE_WP };
+        unsafe { update::<{ UFFDIO_REGISTER as Opcode }, _>(&self.fd, &mut register) }
+    }
+
+    /// Protects all of `range`, which is registered.
+    pub(super) fn protect(&self, range: Range<u64>) -> io::Result<()> {
+        let range = sys::uffdio_range { start: range.start, len: range.end.saturating_sub(range.start) };
+        let mut protect = sys::uffdio_writeprotect { range, mode: WRITEPROTECT_MODE_WP };
         loop {
             // SAFETY: `protect` is what UFFDIO_WRITEPROTECT takes; writers are let through by WP_ASYNC.
             match unsafe { update::<{ UFFDIO_WRITEPROTECT as Opcode }, _>(&self.fd, &mut protect) } {

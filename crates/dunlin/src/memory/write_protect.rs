@@ -3,13 +3,21 @@
 //! Sees every write through this process's mapping: by vCPUs of any hypervisor, by the VMM's own threads and by
 //! system calls. It does not see writes through another mapping of the same memfd (another process, or `pwrite`):
 //! whoever writes so must tell by itself.
+//!
+//! A region is protected when the first of its chunks is re-armed, by the channels' workers side by side and while others
+//! send already: protecting all RAM at the start took 20 ms a GiB before the first byte, and protecting chunk by chunk
+//! interrupts all processors for every chunk. What must stay true: a region is protected as a whole once, before any
+//! page of it has been re-armed.
 
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use super::pagemap::{AfterScan, PageMap};
 use super::userfault::Userfault;
-use super::{DirtyBitmap, DirtyTracker, PAGE_SIZE, Ram, TrackerError};
+use super::{DirtyBitmap, DirtyTracker, PAGE_SIZE, Ram, RamBlock, TrackerError};
+
+/// What is protected at once, a multiple of every chunk and of huge pages up to its size.
+const REGION_BYTES: u64 = 64 << 20;
 
 /// [`DirtyTracker`] on userfaultfd `WP_ASYNC`, for anonymous, memfd and hugetlb memory. On hugetlb the kernel tracks
 /// whole huge pages.
@@ -17,7 +25,9 @@ use super::{DirtyBitmap, DirtyTracker, PAGE_SIZE, Ram, TrackerError};
 pub struct WriteProtectTracker {
     ram: Ram,
     pagemap: PageMap,
-    userfault: Mutex<Option<Userfault>>,
+    userfault: RwLock<Option<Userfault>>,
+    /// Of each block, whether its regions have been protected.
+    regions: Vec<Box<[Mutex<bool>]>>,
 }
 
 impl WriteProtectTracker {
@@ -27,11 +37,37 @@ impl WriteProtectTracker {
     /// When `/proc/self/pagemap` cannot be opened.
     pub fn new(ram: &Ram) -> Result<Self, TrackerError> {
         let pagemap = PageMap::open().map_err(|source| TrackerError::NotPermitted { source })?;
-        Ok(Self { ram: ram.clone(), pagemap, userfault: Mutex::new(None) })
+        let regions = ram.blocks().iter().map(|block| {
+            let count = usize::try_from(block.size_bytes().div_ceil(region_bytes(block))).unwrap_or(usize::MAX);
+            std::iter::repeat_with(|| Mutex::new(false)).take(count).collect()
+        });
+        Ok(Self { ram: ram.clone(), pagemap, userfault: RwLock::new(None), regions: regions.collect() })
     }
 
-    fn userfault(&self) -> std::sync::MutexGuard<'_, Option<Userfault>> {
-        self.userfault.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    /// Protects the regions that `range` of a block lies in, if that has not been done.
+    fn protect(&self, block: usize, range: &Range<u64>) -> Result<(), TrackerError> {
+        let Some((ram_block, regions)) = self.ram.blocks().get(block).zip(self.regions.get(block)) else {
+            return Ok(());
+        };
+        let host = ram_block.host_range();
+        let bytes = region_bytes(ram_block);
+        for number in range.start / bytes..range.end.div_ceil(bytes) {
+            let Some(region) = usize::try_from(number).ok().and_then(|number| regions.get(number)) else { break };
+            // Held while it is being protected: who waits re-arms a page of it next.
+            let mut protected = region.lock().unwrap_or_else(PoisonError::into_inner);
+            let userfault = self.userfault.read().unwrap_or_else(PoisonError::into_inner);
+            if let (false, Some(userfault)) = (*protected, &*userfault) {
+                let start = host.start.saturating_add(number.saturating_mul(bytes));
+                let end = start.saturating_add(bytes).min(host.end);
+                userfault.protect(start..end).map_err(|source| TrackerError::Kernel {
+                    doing: "write-protect",
+                    block: ram_block.name().to_owned(),
+                    source,
+                })?;
+                *protected = true;
+            }
+        }
+        Ok(())
     }
 
     fn scan(
@@ -62,17 +98,21 @@ impl WriteProtectTracker {
     }
 }
 
+fn region_bytes(block: &RamBlock) -> u64 {
+    block.host_page_size().max(REGION_BYTES)
+}
+
 impl DirtyTracker for WriteProtectTracker {
     fn start(&self) -> Result<(), TrackerError> {
         let userfault = Userfault::open()?;
         for block in self.ram.blocks() {
-            userfault.protect(block.host_range()).map_err(|source| TrackerError::Kernel {
-                doing: "write-protect",
+            userfault.register(block.host_range()).map_err(|source| TrackerError::Kernel {
+                doing: "register with userfaultfd",
                 block: block.name().to_owned(),
                 source,
             })?;
         }
-        *self.userfault() = Some(userfault);
+        *self.userfault.write().unwrap_or_else(PoisonError::into_inner) = Some(userfault);
         Ok(())
     }
 
@@ -81,11 +121,13 @@ impl DirtyTracker for WriteProtectTracker {
     }
 
     fn rearm(&self, block: usize, range: Range<u64>, dirty: &DirtyBitmap) -> Result<(), TrackerError> {
+        self.protect(block, &range)?;
         self.scan(block, Some(range), AfterScan::Protect, dirty)
     }
 
     fn stop(&self) {
-        if let Some(userfault) = self.userfault().take() {
+        let userfault = self.userfault.write().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(userfault) = userfault {
             for block in self.ram.blocks() {
                 userfault.unregister(block.host_range());
             }
@@ -163,6 +205,8 @@ mod tests {
                 return;
             }
             let bitmap = DirtyBitmap::new(SIZE);
+            tracker.rearm(0, 0..SIZE, &bitmap).unwrap();
+            bitmap.drain(|_| {});
             tracker.sync(0, &bitmap).unwrap();
             assert_eq!(dirty_pages(&bitmap), [0usize; 0], "{kind}: nothing written yet");
 
@@ -206,6 +250,7 @@ mod tests {
                 return;
             }
             let bitmap = DirtyBitmap::new(SIZE);
+            bitmap.set_all();
             let mut copy = vec![0u8; SIZE as usize];
             let stop = AtomicBool::new(false);
             let harvest = |copy: &mut Vec<u8>| {

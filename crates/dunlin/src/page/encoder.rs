@@ -92,19 +92,14 @@ pub(crate) fn survey(
     bytes: Range<u64>,
     mut found: impl FnMut(PageKind, Range<u64>),
 ) -> Result<(), MemoryError> {
-    let mut page = [0; PAGE];
     let mut run = (PageKind::Plain, bytes.start..bytes.start);
     for at in bytes.step_by(PAGE) {
-        // Nearly every page that is not zero shows it at its beginning.
-        let (beginning, rest) = page.split_at_mut(64);
-        block.read(at, beginning)?;
-        let mut kind = PageKind::Plain;
-        if beginning.iter().all(|byte| *byte == 0) {
-            block.read(at.saturating_add(64), rest)?;
-            if zero::is(&page) {
-                kind = PageKind::Zero;
-            }
-        }
+        // Most pages that are not zero show it in their first word: a loop so short has many of them on their way from
+        // memory at once.
+        let mut beginning = [0; 8];
+        block.read(at, &mut beginning)?;
+        let zero = beginning == [0; 8] && block.is_zero(at..at.saturating_add(PAGE_SIZE))?;
+        let kind = if zero { PageKind::Zero } else { PageKind::Plain };
         if kind != run.0 && !run.1.is_empty() {
             found(run.0, run.1.clone());
             run.1.start = at;

@@ -1,14 +1,14 @@
 //! A Pages frame in the making: runs, their encodings, and the versions that they replace at the destination.
 //!
-//! Pages that nobody has to know the bytes of (no checksum, no compressor, no version kept) are sent from where they
-//! are in guest RAM. All others are copied once, and encoded where the copy is. What must stay true: what a checksum
-//! or a version says of a page is what was sent.
+//! Pages that are neither compressed nor kept for deltas stay where they are in guest RAM until the frame is sent. All
+//! others are copied once, and encoded where the copy is. What must stay true: what a checksum or a version says of a
+//! page is what was sent.
 
 use std::ops::Range;
 
 use super::versions::Versions;
 use crate::error::Cause;
-use crate::link::{ChannelCounters, FrameSender, PagesData};
+use crate::link::{ChannelCounters, FrameSender, PagesData, Way};
 use crate::memory::{MemoryError, PAGE_SIZE, Ram, RamBlock};
 use crate::page::{self, Encoder, Encodings, Link, MAX_UNIT_BYTES, PageKind};
 use crate::parameters::{Integrity, Switch};
@@ -23,7 +23,12 @@ pub(super) struct Frame {
     /// Plain pages stay where they are until the frame is sent.
     in_place: bool,
     zero_copy: Switch,
+    /// Where pages that stay are checked on their way.
+    hot: Box<[u8]>,
 }
+
+/// Large enough that the other side is not woken for little, small enough for a processor's cache.
+const HOT_BYTES: usize = 512 << 10;
 
 /// What a frame is about.
 #[derive(Debug)]
@@ -42,17 +47,17 @@ impl Frame {
     pub(super) fn new(integrity: Integrity, versions: Option<Versions>, zero_copy: Switch) -> Self {
         let digest = (integrity == Integrity::Checksum).then(DataDigest::default);
         let contents = Contents { runs: Vec::new(), data_bytes: 0, digest, versions };
-        Self { contents, encodings: Encodings::default(), table: Vec::new(), in_place: false, zero_copy }
+        let hot = vec![0; if integrity == Integrity::Checksum { HOT_BYTES } else { 0 }].into();
+        Self { contents, encodings: Encodings::default(), table: Vec::new(), in_place: false, zero_copy, hot }
     }
 
     /// A round begins, of pages that `encoder` encodes.
     pub(super) fn begin(&mut self, round: u32, encoder: &Encoder) {
-        let Contents { digest, versions, .. } = &mut self.contents;
-        let kept = versions.as_mut().is_some_and(|versions| {
+        let kept = self.contents.versions.as_mut().is_some_and(|versions| {
             versions.begin(round);
             versions.admits()
         });
-        self.in_place = digest.is_none() && !kept && !encoder.compresses();
+        self.in_place = !kept && !encoder.compresses();
     }
 
     /// What `delta` did so far.
@@ -118,10 +123,15 @@ impl Frame {
                 Some(block.io_slice(run.offset, run.length as usize))
             });
             let slices = slices.collect::<Result<Vec<_>, _>>()?;
-            sender.send_pages(&self.table, PagesData::InPlace(&slices, self.zero_copy), 0)?;
+            let way = match (&self.contents.digest, self.zero_copy) {
+                (Some(_), _) => Way::Checked(&mut self.hot),
+                (None, Switch::On) => Way::ZeroCopy,
+                (None, Switch::Off) => Way::Straight,
+            };
+            sender.send_pages(&self.table, PagesData::InPlace { slices: &slices, way })?;
         } else {
             let checksum = self.contents.digest.as_ref().map_or(0, DataDigest::value);
-            sender.send_pages(&self.table, PagesData::Copied(self.encodings.as_slice()), checksum)?;
+            sender.send_pages(&self.table, PagesData::Encoded { bytes: self.encodings.as_slice(), checksum })?;
         }
         self.encodings.clear();
         self.contents.clear();

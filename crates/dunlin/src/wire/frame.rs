@@ -2,13 +2,16 @@
 //!
 //! A frame is a header of fixed size, a table (of page runs, else empty) and data (page contents, or a message's
 //! body). Each has a checksum of its own: the header's is checked before its lengths are believed, the table's before
-//! its runs are, the data's before it counts.
+//! its runs are, the data's before it counts. That of pages comes behind them, so that a sender can make it while it
+//! sends.
 
 use super::codec::{Reader, Writer};
 use super::{ENTRY_BYTES, MAX_ENTRIES, MAX_PAGES_BYTES, WireError};
 
 /// Size of a header.
 pub(crate) const HEADER_BYTES: usize = 40;
+/// Size of the checksum behind pages.
+pub(crate) const PAGES_TRAILER_BYTES: usize = 8;
 const MAGIC: u32 = u32::from_le_bytes(*b"DLF1");
 
 /// What a frame carries.
@@ -68,6 +71,11 @@ impl FrameType {
         }
     }
 
+    /// Bytes that follow the data: the checksum of pages.
+    pub(crate) fn trailer_bytes(self) -> usize {
+        if self == Self::Pages { PAGES_TRAILER_BYTES } else { 0 }
+    }
+
     fn table_limit(self) -> u32 {
         match self {
             Self::Pages => (MAX_ENTRIES * ENTRY_BYTES) as u32,
@@ -106,6 +114,7 @@ pub(crate) struct FrameHeader {
     pub(crate) table_length: u32,
     pub(crate) data_length: u32,
     pub(crate) table_checksum: u32,
+    /// 0 in a Pages frame.
     pub(crate) data_checksum: u64,
 }
 

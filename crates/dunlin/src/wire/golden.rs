@@ -93,16 +93,31 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
     ]
 }
 
-fn frame(frame_type: FrameType, sequence: u64, table: &[u8], data: &[u8]) -> Vec<u8> {
+fn frame(frame_type: FrameType, sequence: u64, data: &[u8]) -> Vec<u8> {
     let header = FrameHeader {
         frame_type,
         sequence,
-        table_length: table.len() as u32,
+        table_length: 0,
         data_length: data.len() as u32,
-        table_checksum: table_checksum(table),
+        table_checksum: table_checksum(&[]),
         data_checksum: data_checksum(data),
     };
-    [&header.encode(), table, data].concat()
+    [&header.encode(), data].concat()
+}
+
+/// A frame of `runs`, encoded as `data`, that stand for `pages`.
+fn pages_frame(sequence: u64, runs: &[PageRun], data: &[u8], pages: &[u8]) -> Vec<u8> {
+    let mut table = Vec::new();
+    runs.iter().for_each(|run| encode_run(&mut table, run));
+    let header = FrameHeader {
+        frame_type: FrameType::Pages,
+        sequence,
+        table_length: table.len() as u32,
+        data_length: data.len() as u32,
+        table_checksum: table_checksum(&table),
+        data_checksum: 0,
+    };
+    [&header.encode(), table.as_slice(), data, &data_checksum(pages).to_le_bytes()].concat()
 }
 
 #[test]
@@ -130,7 +145,7 @@ fn hellos_are_golden() {
 fn frames_are_golden() {
     let golden = golden();
     for (name, sequence, message) in messages() {
-        let bytes = frame(message.frame_type(), sequence, &[], &message.encode());
+        let bytes = frame(message.frame_type(), sequence, &message.encode());
         assert_eq!(bytes, golden[name], "{name}");
         let header = FrameHeader::decode(bytes[..HEADER_BYTES].try_into().unwrap(), sequence).unwrap();
         assert_eq!(Message::decode(header.frame_type, &bytes[HEADER_BYTES..]), Ok(message), "{name}");
@@ -142,7 +157,7 @@ fn frames_are_golden() {
     let mut table = Vec::new();
     runs.iter().for_each(|run| encode_run(&mut table, run));
     let page: Vec<u8> = (0..4096u32).map(|i| (i * 7) as u8).collect();
-    assert_eq!(frame(FrameType::Pages, 1 << 40, &table, &page), golden["pages"]);
+    assert_eq!(pages_frame(1 << 40, &runs, &page, &page), golden["pages"]);
     let mut decoded = Vec::new();
     decode_runs(&table, 4096, &BLOCKS, &mut decoded).unwrap();
     assert_eq!(decoded, runs);
@@ -158,17 +173,7 @@ fn a_delta_is_golden(bytes: &[u8]) {
     let mut data = Vec::new();
     assert!(crate::page::delta::encode(&old, &page, 4096, &mut data));
     let run = PageRun { block: 0, kind: PageKind::Delta, offset: 0, length: 4096, encoded_length: data.len() as u32 };
-    let mut table = Vec::new();
-    encode_run(&mut table, &run);
-    let header = FrameHeader {
-        frame_type: FrameType::Pages,
-        sequence: 5,
-        table_length: table.len() as u32,
-        data_length: data.len() as u32,
-        table_checksum: table_checksum(&table),
-        data_checksum: data_checksum(&page),
-    };
-    assert_eq!([&header.encode(), table.as_slice(), &data].concat(), bytes);
+    assert_eq!(pages_frame(5, &[run], &data, &page), bytes);
 }
 
 /// Every single flipped bit of every hello, answer and header is found.

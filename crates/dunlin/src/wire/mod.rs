@@ -15,7 +15,9 @@ mod pages;
 #[cfg(test)]
 mod golden;
 
-pub(crate) use frame::{DataDigest, FrameHeader, FrameType, HEADER_BYTES, data_checksum, table_checksum};
+pub(crate) use frame::{
+    DataDigest, FrameHeader, FrameType, HEADER_BYTES, PAGES_TRAILER_BYTES, data_checksum, table_checksum,
+};
 pub(crate) use hello::{HELLO_BYTES, Hello, HelloReply, REPLY_BYTES, Role, SessionId, check_beginning};
 pub(crate) use message::{
     Abort, AbortReason, Done, Feature, Mark, MarkAck, Message, Offer, RoundDone, Running, Section, Start,

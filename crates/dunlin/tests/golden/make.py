@@ -45,11 +45,12 @@ def answer(status, reason):
     return body + struct.pack("<I", crc32c(body))
 
 
-def frame(kind, sequence, data=b"", table=b"", checked=None):
-    """`checked` is what the data stands for, if that is something else than the data."""
-    check = crc64nvme(data if checked is None else checked)
+def frame(kind, sequence, data=b"", table=b"", pages=None):
+    """`pages` is what the data stands for, in a frame of pages."""
+    check = crc64nvme(data) if pages is None else 0
+    trailer = b"" if pages is None else struct.pack("<Q", crc64nvme(pages))
     head = b"DLF1" + struct.pack("<HHQIIIQ", kind, 0, sequence, len(table), len(data), crc32c(table), check)
-    return head + struct.pack("<I", crc32c(head)) + table + data
+    return head + struct.pack("<I", crc32c(head)) + table + data + trailer
 
 
 def entry(offset, length, encoded, block, kind):
@@ -96,7 +97,7 @@ CASES = {
     "abort": frame(12, 11, struct.pack("<BBH", 1, 5, 9) + b"cancelled"),
     "query": frame(13, 12),
     "heartbeat": frame(14, 13),
-    "pages": frame(32, 1 << 40, page, entry(1 << 21, 8192, 0, 0, 0) + entry(4096, 4096, 4096, 1, 1)),
+    "pages": frame(32, 1 << 40, page, entry(1 << 21, 8192, 0, 0, 0) + entry(4096, 4096, 4096, 1, 1), page),
     "pages-delta": frame(32, 5, change(3, b"\x07") + change(296, b"\x08\x09"), entry(0, 4096, 8, 0, 2), changed),
 }
 for label, data in CASES.items():

@@ -197,7 +197,9 @@ fn pump(shared: &Shared, way: Way, mut from: TcpStream, mut to: TcpStream) {
         while going && from.read_exact(&mut header).is_ok() {
             let frame_type = u16::from_le_bytes([header[4], header[5]]);
             let length = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap()) as usize;
-            let mut rest = vec![0; length(16) + length(20)];
+            // The checksum of pages comes behind them.
+            let trailer = if frame_type == 32 { 8 } else { 0 };
+            let mut rest = vec![0; length(16) + length(20) + trailer];
             if from.read_exact(&mut rest).is_err() {
                 break;
             }
