@@ -51,9 +51,61 @@ pub enum Bench {
     Bitmap(BenchBitmap),
     /// Idle machines from one process to another, beside the ways of copying their memory without a migration.
     Throughput(BenchThroughput),
+    /// Pages by what they hold, to encodings and back, on one thread.
+    Kinds(BenchKinds),
+    /// How long guests are stopped, and how well that was predicted, by how fast they dirty their memory.
+    Downtime(BenchDowntime),
+    /// Guests that dirty memory faster than the link carries it, and links slower than memory that shrinks, with and
+    /// without what helps.
+    Convergence(BenchConvergence),
     /// The receiving process of a measurement.
     #[command(hide = true)]
     Peer(BenchPeer),
+}
+
+#[derive(Debug, Args)]
+pub struct BenchKinds {
+    /// Pages to encode; more than the processor's caches hold.
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
+    pub memory: u64,
+    /// How often everything is measured.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchDowntime {
+    /// The guest's RAM.
+    #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = size)]
+    pub memory: u64,
+    /// The part of it that the guest writes.
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size)]
+    pub working_set: u64,
+    /// The ceiling.
+    #[arg(long, value_name = "TIME", default_value = "300ms")]
+    pub downtime_limit: String,
+    /// How often everything is measured, by turns.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchConvergence {
+    /// How often everything is measured, by turns.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
+    /// A migration that takes longer counts as one that does not converge, and is cancelled.
+    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    pub patience: u64,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -23,6 +23,9 @@ pub mod units;
 mod channel;
 mod destination;
 mod guest;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 mod link;
 mod page;
 mod source;

@@ -3,9 +3,11 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use anyhow::Result;
 use dunlin::memory::{DirtyBitmap, PAGE_SIZE};
 use dunlin::units::format_size;
 
+use super::machine::Random;
 use super::{Column, Measured};
 use crate::args::BenchBitmap;
 
@@ -13,7 +15,7 @@ const COLUMNS: &[Column] = &[Column { heading: "ms", key: "seconds", scale: 1e3,
 /// Repeats, of which the median counts.
 const RUNS: usize = 11;
 
-pub fn measure(args: &BenchBitmap) -> Measured {
+pub fn measure(args: &BenchBitmap) -> Result<Measured> {
     let pages = (args.memory / PAGE_SIZE).max(1);
     let size = format_size(args.memory);
     let bitmap = DirtyBitmap::new(args.memory);
@@ -33,16 +35,9 @@ pub fn measure(args: &BenchBitmap) -> Measured {
         ),
     );
     for (name, dirty) in [("no", 0), ("1000", 1000.min(pages)), ("1 % of all", pages / 100)] {
-        let mut random = 0x9E37_79B9_7F4A_7C15u64;
-        let scattered: Vec<usize> = std::iter::repeat_with(|| {
-            // xorshift64
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            usize::try_from(random % pages).unwrap_or(0)
-        })
-        .take(usize::try_from(dirty).unwrap_or(0))
-        .collect();
+        let (mut random, limit) = (Random::default(), usize::try_from(pages)?);
+        let scattered: Vec<usize> =
+            std::iter::repeat_with(|| random.below(limit)).take(usize::try_from(dirty)?).collect();
         let set = || scattered.iter().for_each(|page| bitmap.set(*page..*page + 1));
         let clear = || bitmap.drain(|_| {});
         measured.add(format!("{name} pages dirty: set"), time(clear, set));
@@ -66,7 +61,7 @@ pub fn measure(args: &BenchBitmap) -> Measured {
             }),
         );
     }
-    measured
+    Ok(measured)
 }
 
 /// Seconds of each run, without what has to be done before.

@@ -10,6 +10,30 @@ use dunlin::{Machine, MachineError, StateSection};
 use dunlin_machines::Backing;
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
+/// Numbers that look random and are the same every time (xorshift64).
+#[derive(Debug)]
+pub struct Random(u64);
+
+impl Default for Random {
+    fn default() -> Self {
+        Self(0x9E37_79B9_7F4A_7C15)
+    }
+}
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// One of `0..limit`; 0 if there is none.
+    pub fn below(&mut self, limit: usize) -> usize {
+        usize::try_from(self.next() >> 11).unwrap_or(0) % limit.max(1)
+    }
+}
+
 /// Memory of this host, in one block.
 #[derive(Debug)]
 pub struct Idle {

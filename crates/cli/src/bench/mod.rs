@@ -1,7 +1,11 @@
 //! `dunlin bench`: what parts of the engine take, each beside its physical limit measured in the same run.
 
 mod bitmap;
+mod convergence;
 mod copy;
+mod demos;
+mod downtime;
+mod kinds;
 mod machine;
 mod peer;
 mod throughput;
@@ -17,7 +21,10 @@ use crate::terminal;
 
 pub fn bench(what: &Bench) -> Result<Outcome> {
     let (measured, json) = match what {
-        Bench::Bitmap(args) => (bitmap::measure(args), args.json),
+        Bench::Bitmap(args) => (bitmap::measure(args)?, args.json),
+        Bench::Convergence(args) => (convergence::measure(args)?, args.json),
+        Bench::Downtime(args) => (downtime::measure(args)?, args.json),
+        Bench::Kinds(args) => (kinds::measure(args)?, args.json),
         Bench::Throughput(args) => (throughput::measure(args)?, args.json),
         Bench::Peer(args) => return peer::peer(args),
     };

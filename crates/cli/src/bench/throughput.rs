@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use dunlin::{Guest, Parameters, Source, Status, Uri};
 use dunlin_machines::Backing;
 
-use super::machine::Idle;
+use super::machine::{Idle, Random};
 use super::peer::{OwnMemory, Peer, Task, cpu_seconds};
 use super::{Column, Measured};
 use crate::args::{BenchThroughput, Transport, Way};
@@ -100,15 +100,12 @@ pub fn measure(args: &BenchThroughput) -> Result<Measured> {
     let mut runs: Vec<Vec<Run>> = subjects.iter().map(|_| Vec::new()).collect();
     for content in [Content::Random, Content::Zero] {
         let memory = Idle::new(args.memory, args.hugepages)?;
-        let mut random = 0x9E37_79B9_7F4A_7C15u64;
+        let mut random = Random::default();
         memory.fill(|_, page| match content {
             Content::Zero => page.fill(0),
-            Content::Random => page.as_chunks_mut::<8>().0.iter_mut().for_each(|word| {
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                *word = random.to_le_bytes();
-            }),
+            Content::Random => {
+                page.as_chunks_mut::<8>().0.iter_mut().for_each(|word| *word = random.next().to_le_bytes());
+            }
         })?;
         let digest = memory.digest()?;
         for _ in 0..args.runs {

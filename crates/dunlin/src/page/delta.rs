@@ -40,13 +40,21 @@ fn encode_changes(old: &[u8], new: &[u8], limit: usize, encoded: &mut Vec<u8>) -
         if old_block == new_block {
             continue;
         }
-        let (old_words, _) = old_block.as_chunks::<WORD>();
-        let (new_words, _) = new_block.as_chunks::<WORD>();
-        for (word, (old_word, new_word)) in old_words.iter().zip(new_words).enumerate() {
-            let changed = u64::from_le_bytes(*old_word) ^ u64::from_le_bytes(*new_word);
-            if changed == 0 {
-                continue;
-            }
+        // A change that goes on and on does not wait for its end to be too long.
+        if encoded.len() + change.len() > end {
+            return false;
+        }
+        let (old_words, new_words) = (old_block.as_chunks::<WORD>().0, new_block.as_chunks::<WORD>().0);
+        let mut changes = [0; BLOCK / WORD];
+        let mut changed_words = 0u32;
+        for (word, (change, (old, new))) in changes.iter_mut().zip(old_words.iter().zip(new_words)).enumerate() {
+            *change = u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new);
+            changed_words |= u32::from(*change != 0) << word;
+        }
+        while changed_words != 0 {
+            let word = changed_words.trailing_zeros() as usize;
+            changed_words &= changed_words - 1;
+            let changed = changes.get(word).copied().unwrap_or_default();
             let at = index * BLOCK + word * WORD;
             let first = at + changed.trailing_zeros() as usize / 8;
             let behind = at + WORD - changed.leading_zeros() as usize / 8;
@@ -75,8 +83,17 @@ fn encode_changes(old: &[u8], new: &[u8], limit: usize, encoded: &mut Vec<u8>) -
 }
 
 fn push(new: &[u8], change: &std::ops::Range<usize>, done: usize, encoded: &mut Vec<u8>) {
-    push_length(change.start - done, encoded);
-    push_length(change.len(), encoded);
+    let (unchanged, length) = (change.start - done, change.len());
+    // Most are short, and then a copy of a length that the compiler knows is quicker than one of their own length.
+    let short = new.get(change.start..).and_then(<[u8]>::first_chunk::<WORD>);
+    if let (0..0x80, 0..=WORD, Some(bytes)) = (unchanged, length, short) {
+        let [a, b, c, d, e, f, g, h] = *bytes;
+        encoded.extend_from_slice(&[unchanged as u8, length as u8, a, b, c, d, e, f, g, h]);
+        encoded.truncate(encoded.len() - (WORD - length));
+        return;
+    }
+    push_length(unchanged, encoded);
+    push_length(length, encoded);
     encoded.extend_from_slice(new.get(change.clone()).unwrap_or_default());
 }
 
