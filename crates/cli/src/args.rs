@@ -55,8 +55,8 @@ pub enum Bench {
     Kinds(BenchKinds),
     /// How long guests are stopped, and how well that was predicted, by how fast they dirty their memory.
     Downtime(BenchDowntime),
-    /// Guests that dirty memory faster than the link carries it, and links slower than memory that shrinks, with and
-    /// without what helps.
+    /// A fast guest (128 MiB rewritten at 300 MB/s over 100 MB/s, 1 % of the bytes new each time), a slow link (512 MiB of
+    /// text over 50 MB/s) and a fast link (2 GiB of random bytes), with and without what may help.
     Convergence(BenchConvergence),
     /// The receiving process of a measurement.
     #[command(hide = true)]
@@ -119,7 +119,8 @@ pub struct BenchThroughput {
     /// How the two are connected.
     #[arg(long, value_enum, default_value_t = Transport::Tcp)]
     pub transport: Transport,
-    /// The host's pages that RAM is made of at the source: 4K, or 2M or 1G from the host's pool of huge pages.
+    /// The host's pages that RAM is made of at the source: 4K, transparent (huge pages where the kernel has them), or 2M
+    /// or 1G from the host's pool of huge pages.
     #[arg(long, value_name = "SIZE", default_value_t = Backing::Base)]
     pub hugepages: Backing,
     /// The same at the destination [default: as at the source].
@@ -201,7 +202,8 @@ pub struct Demo {
     /// What RAM holds at first, in percent.
     #[arg(long, value_name = "MIX", default_value = DEFAULT_FILL, value_parser = fill)]
     pub fill: Fill,
-    /// The host's pages that RAM is made of, in both processes: 4K, or 2M or 1G from the host's pool of huge pages.
+    /// The host's pages that RAM is made of, in both processes: 4K, transparent (huge pages where the kernel has them), or
+    /// 2M or 1G from the host's pool of huge pages.
     #[arg(long, value_name = "SIZE", default_value_t = Backing::Base)]
     pub hugepages: Backing,
     /// How the two are connected.
@@ -239,8 +241,8 @@ pub struct Run {
     /// What RAM holds at first, in percent [default: zero:50,random:30,text:20]. Comes with the guest if it comes in.
     #[arg(long, value_name = "MIX", value_parser = fill)]
     pub fill: Option<Fill>,
-    /// The host's pages that RAM is made of: 4K, or 2M or 1G from the host's pool of huge pages. The other side's may
-    /// differ.
+    /// The host's pages that RAM is made of: 4K, transparent (huge pages where the kernel has them), or 2M or 1G from the
+    /// host's pool of huge pages. The other side's may differ.
     #[arg(long, value_name = "SIZE", default_value_t = Backing::Base)]
     pub hugepages: Backing,
     /// Seed of everything random in the guest.

@@ -1,4 +1,7 @@
 //! `dunlin bench convergence`: what deltas and compression do where a link is too slow for its guest.
+//!
+//! *Fast guest*: 128 MiB rewritten at 300 MB/s over a link of 100 MB/s, 1 % of the bytes new each time. *Slow link*: 512
+//! MiB of text over 50 MB/s, idle. *Fast link*: 2 GiB of random bytes without a limit, idle.
 
 use std::time::Duration;
 
@@ -33,7 +36,7 @@ const ZSTD: (&str, &[&str]) = ("zstd", &["multifd-compression=zstd"]);
 
 const SCENES: &[Scene] = &[
     Scene {
-        what: "128 MiB rewritten at 300 MB/s, 1 % of the bytes new, 100 MB/s",
+        what: "fast guest",
         demo: &[
             "--memory=1G",
             "--fill=zero:90,random:10",
@@ -50,17 +53,17 @@ const SCENES: &[Scene] = &[
                 "delta, 4 channels, zstd",
                 &["xbzrle=on", "xbzrle-cache-size=256M", "multifd-channels=4", "multifd-compression=zstd"],
             ),
-            ("delta, a cache of half the working set", &["xbzrle=on", "xbzrle-cache-size=64M"]),
+            ("delta, half the cache", &["xbzrle=on", "xbzrle-cache-size=64M"]),
         ],
     },
     Scene {
-        what: "512 MiB of text, idle, 50 MB/s",
+        what: "slow link",
         demo: &["--memory=512M", "--fill=text:100", "--workload=idle", "--set=max-bandwidth=50M/s"],
         limit: Some((512 << 20, 50 << 20)),
         ways: &[NOTHING, LZ4, ZSTD],
     },
     Scene {
-        what: "2 GiB of random bytes, idle, no limit",
+        what: "fast link",
         demo: &["--memory=2G", "--fill=random:100", "--workload=idle"],
         limit: None,
         ways: &[NOTHING, LZ4, ZSTD],
@@ -75,7 +78,7 @@ pub fn measure(args: &BenchConvergence) -> Result<Measured> {
             if let Some(total) = samples.get_mut(1) {
                 total.push(bytes as f64 / rate as f64);
             }
-            measured.add(format!("{}: limit without encoding", scene.what), samples);
+            measured.add(format!("{}: limit as pages are", scene.what), samples);
         }
         let mut rows: Vec<Vec<Vec<f64>>> = scene.ways.iter().map(|_| vec![Vec::new(); COLUMNS.len()]).collect();
         for _ in 0..args.runs {

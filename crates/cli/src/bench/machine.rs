@@ -46,7 +46,7 @@ impl Idle {
     pub fn new(bytes: u64, backing: Backing) -> Result<Arc<Self>> {
         let failed = || format!("could not make a memory of {} on pages of {backing}iB", format_size(bytes));
         let region = Arc::new(backing.map(usize::try_from(bytes)?).with_context(failed)?);
-        let ram = Ram::new(vec![RamBlock::new("ram", region.clone())?])?;
+        let ram = Ram::new(vec![backing.block("ram", region.clone())?])?;
         Ok(Arc::new(Self { region, ram }))
     }
 
@@ -83,8 +83,11 @@ impl Idle {
         let mut page = [0; 4096];
         for number in 0..block.size_bytes() / 4096 {
             let mut sum = number;
-            // What the file has as a hole reads as zeros, without a page being made for it.
-            rustix::io::pread(self.file()?, &mut page, number * 4096)?;
+            match self.region.file_offset() {
+                // What the file has as a hole reads as zeros, without a page being made for it.
+                Some(file) => drop(rustix::io::pread(file.file(), &mut page, number * 4096)?),
+                None => block.read(number * 4096, &mut page)?,
+            }
             for word in page.as_chunks::<8>().0 {
                 sum = (sum ^ u64::from_le_bytes(*word)).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(31);
             }
@@ -93,9 +96,10 @@ impl Idle {
         Ok(digest)
     }
 
-    /// Bytes of the host's memory behind it.
-    pub fn present_bytes(&self) -> Result<u64> {
-        Ok(u64::try_from(rustix::fs::fstat(self.file()?)?.st_blocks)? * 512)
+    /// Bytes of the host's memory behind it, where there is a file to ask.
+    pub fn present_bytes(&self) -> Result<Option<u64>> {
+        let Some(file) = self.region.file_offset() else { return Ok(None) };
+        Ok(Some(u64::try_from(rustix::fs::fstat(file.file())?.st_blocks)? * 512))
     }
 }
 

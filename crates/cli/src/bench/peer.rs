@@ -29,8 +29,8 @@ pub struct Received {
     pub cpu_seconds: f64,
     /// The most memory that was not the machine's.
     pub own_bytes: u64,
-    /// Memory of the host that the machine's memory takes.
-    pub present_bytes: u64,
+    /// Memory of the host that the machine's memory takes, where known.
+    pub present_bytes: Option<u64>,
     /// Of what the machine's memory holds.
     pub digest: u64,
 }

@@ -90,7 +90,7 @@ struct Run {
     destination_cpu: f64,
     source_own: u64,
     destination_own: u64,
-    present: u64,
+    present: Option<u64>,
 }
 
 pub fn measure(args: &BenchThroughput) -> Result<Measured> {
@@ -140,7 +140,7 @@ pub fn measure(args: &BenchThroughput) -> Result<Measured> {
                 beside(&|run, bare| cpu(run) / cpu(bare)),
                 column(&|run| run.source_own as f64),
                 column(&|run| run.destination_own as f64),
-                column(&|run| run.present as f64),
+                runs.iter().filter_map(|run| run.present).map(|bytes| bytes as f64).collect(),
             ],
         );
     }

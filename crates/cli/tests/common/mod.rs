@@ -137,6 +137,11 @@ impl Machine {
         Self::start("destination", directory, &["--memory", memory, "--incoming", "tcp:127.0.0.1:0"])
     }
 
+    /// Its process's number.
+    pub fn pid(&self) -> u32 {
+        self.child.0.lock().unwrap().id()
+    }
+
     /// What ends it.
     pub fn killer(&self) -> Killer {
         self.child.clone()

@@ -169,6 +169,20 @@ impl RamBlock {
         self
     }
 
+    /// Asks the kernel to back the block with transparent huge pages where it can: for anonymous memory, and for a memfd
+    /// where `/sys/kernel/mm/transparent_hugepage/shmem_enabled` lets it.
+    ///
+    /// # Errors
+    /// [`MemoryError::Kernel`] where the kernel has none.
+    pub fn with_transparent_huge_pages(self) -> Result<Self, MemoryError> {
+        self.advise(
+            0..self.size_bytes,
+            Advice::LinuxHugepage,
+            "ask for transparent huge pages (madvise MADV_HUGEPAGE)",
+        )?;
+        Ok(self)
+    }
+
     /// The name both sides know the block by.
     pub fn name(&self) -> &str {
         &self.name

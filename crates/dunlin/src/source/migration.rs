@@ -116,6 +116,8 @@ impl Migration<'_> {
             self.await_placed(number)?;
             // Nothing was queued behind the last mark, so its answer took a round trip and what was queued before.
             self.shared.answered_within(marked.elapsed());
+            // Under a limit the last frame's time is not over when it has arrived. A stopped guest must not wait for it.
+            self.common.pacer.settle(&self.shared.stop);
             let duration = began.elapsed();
             let verdict = self.end_round(number, duration)?;
             match verdict.decision {

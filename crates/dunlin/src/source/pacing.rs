@@ -51,6 +51,12 @@ impl Pacer {
         }
     }
 
+    /// Waits until the time of all that was paid for is over, or `stop` is set: who sends next then sends at once.
+    pub(super) fn settle(&self, stop: &AtomicBool) {
+        let due = *lock(&self.next);
+        self.wait(due, stop);
+    }
+
     /// Waits until `bytes` more may be sent, or `stop` is set.
     pub(super) fn pay(&self, bytes: u64, stop: &AtomicBool) {
         let rate = self.rate();
@@ -65,6 +71,10 @@ impl Pacer {
             *next = due + cost;
             due
         };
+        self.wait(due, stop);
+    }
+
+    fn wait(&self, due: Instant, stop: &AtomicBool) {
         loop {
             let wait = due.saturating_duration_since(Instant::now());
             // A limit lifted meanwhile lets everybody go.

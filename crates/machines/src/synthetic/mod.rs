@@ -164,10 +164,10 @@ impl SyntheticMachine {
         }
         let size = usize::try_from(memory_bytes).map_err(|_| SyntheticError::MemorySize { bytes: memory_bytes })?;
         let region = backing.map(size).map_err(|source| match backing {
-            Backing::Base => SyntheticError::System { doing: "map the memory", source },
+            Backing::Base | Backing::Transparent => SyntheticError::System { doing: "map the memory", source },
             _ => SyntheticError::HugePages { backing, pages: memory_bytes / page_bytes, source },
         })?;
-        let ram = Ram::new(vec![RamBlock::new("ram", Arc::new(region))?])?;
+        let ram = Ram::new(vec![backing.block("ram", Arc::new(region))?])?;
         let gate = Arc::new(Gate::default());
         let identity: Arc<RwLock<Option<Identity>>> = Arc::default();
         let device = Arc::new(Device::default());
