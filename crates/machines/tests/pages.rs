@@ -7,7 +7,7 @@ mod common;
 use std::sync::Mutex;
 
 use common::{MIB, Random, empty_on, move_guest, parameters, source_on};
-use dunlin::Machine;
+use dunlin::{Machine, Parameters};
 use dunlin_machines::{Backing, SyntheticMachine};
 
 const CHUNK: u64 = 2 * MIB;
@@ -91,7 +91,7 @@ fn a_clean_huge_page_lands_as_one() {
         }
         let destination = empty_on(Backing::Transparent, memory, 1);
         let before = huge_bytes();
-        let (_, report) = move_guest(&source, &destination, "tcp:127.0.0.1:0", &parameters(&[]));
+        let (_, report) = move_guest(&source, &destination, "tcp:127.0.0.1:0", &Parameters::default());
         let frames: u64 = report.channels.iter().map(|channel| channel.frames).sum();
         assert_eq!(report.ram.pages.plain, memory / 4096, "{from}");
         assert!(frames < memory / CHUNK + 20, "{from}: {frames} frames for {} chunks", memory / CHUNK);

@@ -193,8 +193,18 @@ impl Machine {
         uri_of_socket_address(&info).unwrap_or_else(|| panic!("{} listens nowhere: {info}", self.name)).to_string()
     }
 
-    /// Starts a migration.
+    /// Starts a migration, with what `DUNLIN_TEST_SET` says beside what was set (`xbzrle=on,multifd-compression=zstd`): so
+    /// that everything can be tested with everything on.
     pub fn migrate(&self, uri: &str) {
+        for setting in std::env::var("DUNLIN_TEST_SET").unwrap_or_default().split_terminator(',') {
+            let (name, text) = setting.split_once('=').unwrap();
+            let value = match (text, text.parse::<i64>()) {
+                ("on" | "off", _) => json!(text == "on"),
+                (_, Ok(number)) => json!(number),
+                (_, Err(_)) => json!(text),
+            };
+            self.set(json!({name: value}));
+        }
         self.execute("migrate", json!({"uri": uri}));
     }
 
