@@ -17,14 +17,17 @@ libfuzzer_sys::fuzz_target!(|input: (u16, Vec<u8>, Vec<(u16, u8, u8)>)| {
         let start = usize::from(at) % PAGE;
         new.iter_mut().skip(start).take(usize::from(length)).for_each(|byte| *byte = value);
     }
-    let mut encoded = Vec::new();
-    if !encode_delta(&old, &new, limit, &mut encoded) {
+    let mut encoded = vec![9; 3];
+    let fits = encode_delta(&old, &new, limit, &mut encoded);
+    assert_eq!(encoded.drain(..3).collect::<Vec<_>>(), [9; 3], "what was there stays");
+    if !fits {
         assert!(encoded.is_empty());
+        assert!(limit < PAGE + 4, "there was room for the whole page");
         return;
     }
     assert!(encoded.len() <= limit);
     assert_eq!(apply_slowly(&old, &encoded).as_deref(), Some(&new[..]));
-    if encoded.len() <= PAGE {
+    if encoded.len() < PAGE {
         let ram = ram();
         ram.write(PAGE as u64, &old).expect("a page");
         assert!(decode_as(DELTA, &encoded, &ram, PAGE as u64, PAGE as u32));

@@ -75,6 +75,11 @@ impl Codec {
         self.encodings.as_slice().len()
     }
 
+    /// What was encoded last.
+    pub fn encoded(&self) -> &[u8] {
+        self.encodings.as_slice()
+    }
+
     /// Decodes what was encoded last into `block`, from `offset` on; whether all of it could be decoded.
     pub fn decode(&mut self, block: &RamBlock, offset: u64) -> bool {
         let mut rest = self.encodings.as_slice();
@@ -114,21 +119,26 @@ pub fn decode_as(number: u8, encoded: &[u8], block: &RamBlock, offset: u64, leng
     accepted && Decoder::default().decode(kind, encoded, block, offset, length as usize).is_ok()
 }
 
-/// Parses any bytes as the beginning of a connection; whether they are one.
+/// Parses any bytes as the beginning of a connection, whose checksum is made right first; whether they are one.
 pub fn parse_greeting(bytes: &[u8]) -> bool {
     let _ = check_beginning(bytes);
-    let hello = bytes.first_chunk::<HELLO_BYTES>().is_some_and(|bytes| Hello::decode(bytes).is_ok());
-    hello || bytes.first_chunk::<REPLY_BYTES>().is_some_and(|bytes| HelloReply::decode(bytes).is_ok())
+    let hello = bytes.first_chunk::<HELLO_BYTES>().is_some_and(|bytes| Hello::decode(&sealed(*bytes)).is_ok());
+    hello || bytes.first_chunk::<REPLY_BYTES>().is_some_and(|bytes| HelloReply::decode(&sealed(*bytes)).is_ok())
+}
+
+/// With the checksum of what is before them in the last four bytes.
+fn sealed<const N: usize>(mut bytes: [u8; N]) -> [u8; N] {
+    if let Some((body, sum)) = bytes.split_last_chunk_mut::<4>() {
+        *sum = crate::wire::table_checksum(body).to_le_bytes();
+    }
+    bytes
 }
 
 /// Parses any bytes as a frame: a header, whose checksum is made right first, and what follows it as its table and body.
 /// Whether it would be taken. What is taken and encoded again is the same bytes.
 pub fn parse_frame(bytes: &[u8], block_bytes: &[u64]) -> bool {
     let Some((header, rest)) = bytes.split_first_chunk::<HEADER_BYTES>() else { return false };
-    let mut header = *header;
-    if let Some((body, sum)) = header.split_last_chunk_mut::<4>() {
-        *sum = crate::wire::table_checksum(body).to_le_bytes();
-    }
+    let header = sealed(*header);
     let sequence =
         header.get(8..16).and_then(|bytes| bytes.first_chunk::<8>()).map_or(0, |bytes| u64::from_le_bytes(*bytes));
     let Ok(header) = FrameHeader::decode(&header, sequence) else { return false };

@@ -8,7 +8,7 @@ mod common;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
-use common::{MIB, empty_on, parameters, source_on};
+use common::{MIB, empty_on, parameters, source_with};
 use dunlin::report::PageCounts;
 use dunlin::{Destination, Source, Status, Uri};
 use dunlin_machines::{Backing, SyntheticMachine};
@@ -69,7 +69,7 @@ impl Ends {
 
 /// One cell; the pages sent, by kind.
 fn migrate(cell: &str, ends: Ends, backings: (Backing, Backing), workload: &str, set: &[(&str, &str)]) -> PageCounts {
-    let from = source_on(backings.0, MEMORY, 2, workload, 11);
+    let from = source_with(backings.0, MEMORY, 2, workload, 11, "zero:60,random:20,text:20");
     let to = empty_on(backings.1, MEMORY, 2);
     let parameters = parameters(set);
     let listen: Uri = ends.destination.parse().unwrap();
@@ -95,7 +95,7 @@ fn every_cell() {
             let (base, huge) = (Backing::Base, Backing::Huge2M);
             backings.extend([(base, huge), (huge, base), (huge, huge)]);
         }
-        (Err(error), _) | (_, Err(error)) => println!("skipped: huge pages: {error}"),
+        (Err(error), _) | (_, Err(error)) => println!("skipped: the cells with huge pages: {error}"),
     }
     let mut links = vec![("2", Transport::Fd), ("2", Transport::Exec)];
     for channels in ["1", "2", "8"] {
@@ -114,16 +114,31 @@ fn every_cell() {
                                  {} to {}, {workload}",
                                 backing.0, backing.1
                             );
-                            let set = [
+                            let dirtying = workload == DIRTYING;
+                            let mut set = vec![
                                 ("multifd-channels", channels),
                                 ("multifd-compression", compression),
                                 ("xbzrle", delta),
                                 ("integrity", integrity),
+                                // Has nothing to say where pages are looked at.
+                                ("zero-copy-send", if cells % 4 < 2 { "on" } else { "off" }),
                             ];
+                            if dirtying && (compression != "none" || delta == "on") {
+                                // Slow enough for a compressor to be worth it.
+                                set.push(("max-bandwidth", "60M/s"));
+                            }
+                            if dirtying && delta == "on" {
+                                // What is sent in the second round is known in the third.
+                                set.push(("downtime-limit", "5ms"));
+                            }
                             let pages = migrate(&cell, Ends::new(transport), *backing, workload, &set);
                             assert!(pages.delta == 0 || delta == "on", "{cell}: {pages}");
                             assert!(pages.lz4 == 0 || compression == "lz4", "{cell}: {pages}");
                             assert!(pages.zstd == 0 || compression == "zstd", "{cell}: {pages}");
+                            // Everything asked for was also done.
+                            assert!(!dirtying || delta == "off" || pages.delta > 0, "{cell}: {pages}");
+                            let compressed = pages.lz4 + pages.zstd;
+                            assert!(!dirtying || compression == "none" || compressed > 0, "{cell}: {pages}");
                             all += pages;
                             cells += 1;
                         }

@@ -4,11 +4,14 @@
 
 mod common;
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use common::{MIB, Random, empty_on, move_guest, parameters, source_on};
-use dunlin::{Machine, Parameters};
+use dunlin::memory::{DirtyTracker, Ram, RamBlock, WriteProtectTracker};
+use dunlin::{Destination, Guest, Machine, MachineError, Parameters, Source, StateSection, Status};
 use dunlin_machines::{Backing, SyntheticMachine};
+use rustix::fs::MemfdFlags;
+use vm_memory::{FileOffset, MmapRegion};
 
 const CHUNK: u64 = 2 * MIB;
 
@@ -63,6 +66,69 @@ fn any_to_any() {
             println!("{what}: {}", report.ram.pages);
         }
     }
+}
+
+/// RAM and nothing else.
+struct Bare(Ram);
+
+impl Machine for Bare {
+    fn ram(&self) -> &Ram {
+        &self.0
+    }
+    fn dirty_tracker(&self) -> Result<Box<dyn DirtyTracker>, MachineError> {
+        Ok(Box::new(WriteProtectTracker::new(&self.0)?))
+    }
+    fn profile(&self) -> Vec<u8> {
+        Vec::new()
+    }
+    fn accept_profile(&self, _: &[u8]) -> Result<(), MachineError> {
+        Ok(())
+    }
+    fn pause(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+    fn resume(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+    fn save(&self) -> Result<Vec<StateSection>, MachineError> {
+        Ok(Vec::new())
+    }
+    fn load(&self, _: Vec<StateSection>) -> Result<(), MachineError> {
+        Ok(())
+    }
+}
+
+/// RAM of all zeros into a mapping that reserves no huge pages, of a pool that has too few: nothing would be touched, and
+/// the guest would die of it later. It stays.
+#[test]
+fn a_pool_that_is_too_small_is_found_before_the_guest_moves() {
+    let _alone = ALONE.lock();
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let number = |name: &str| {
+        let line = meminfo.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split_whitespace().nth(1)).and_then(|number| number.parse::<u64>().ok())
+    };
+    let Some(free) = number("HugePages_Free:").filter(|_| number("Hugepagesize:") == Some(2048)) else {
+        println!("skipped: this kernel has no huge pages of 2 MiB");
+        return;
+    };
+    let bytes = (free + 8) * CHUNK;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let file = std::fs::File::from(rustix::fs::memfd_create("small pool", flags).unwrap());
+    file.set_len(bytes).unwrap();
+    let mapping = MmapRegion::<()>::from_file(FileOffset::new(file, 0), bytes as usize).unwrap();
+    let machine = |mapping| {
+        let block = RamBlock::new("ram", Arc::new(mapping)).unwrap();
+        Arc::new(Bare(Ram::new(vec![block]).unwrap()))
+    };
+    let from = Guest::new(machine(Backing::Base.map(bytes as usize).unwrap()));
+    from.cont().unwrap();
+    let to = Guest::awaited(machine(mapping));
+    let destination = Destination::listen(&to, &"tcp:127.0.0.1:0".parse().unwrap(), &Parameters::default()).unwrap();
+    let report = Source::start(&from, destination.local_uri(), &Parameters::default()).unwrap().wait();
+    let error = report.error.unwrap().message;
+    assert!(report.status == Status::Failed && error.contains("populate"), "{error}");
+    assert!(from.is_running() && !to.is_running(), "{error}");
 }
 
 /// Bytes of this process's memory in transparent huge pages.

@@ -1,13 +1,19 @@
-//! `dunlin bench bitmap`: what a dirty bitmap of a large machine costs, by how many pages are dirty.
+//! `dunlin bench bitmap`: what a dirty bitmap of a large machine costs, by how many pages are dirty, and what asking the
+//! kernel does.
+//!
+//! The bitmap is a whole machine's. The kernel is asked about memory that is really there, of a machine that fits here:
+//! it walks page tables, so that its cost follows RAM, at a small part of a nanosecond a byte.
 
 use std::hint::black_box;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
+use dunlin::Machine;
 use dunlin::memory::{DirtyBitmap, PAGE_SIZE};
 use dunlin::units::format_size;
+use dunlin_machines::Backing;
 
-use super::machine::Random;
+use super::machine::{Idle, Random};
 use super::{Column, Measured};
 use crate::args::BenchBitmap;
 
@@ -52,6 +58,17 @@ pub fn measure(args: &BenchBitmap) -> Result<Measured> {
             ),
         );
         clear();
+        let other = DirtyBitmap::new(args.memory);
+        measured.add(
+            format!("{name} pages dirty: merge into another"),
+            time(
+                || {
+                    set();
+                    other.drain(|_| {});
+                },
+                || bitmap.drain(|run| other.set(run)),
+            ),
+        );
         measured.add(
             format!("{name} pages dirty: walk and take"),
             time(set, || {
@@ -61,7 +78,46 @@ pub fn measure(args: &BenchBitmap) -> Result<Measured> {
             }),
         );
     }
+    harvest(&mut measured)?;
     Ok(measured)
+}
+
+/// Memory that the kernel is asked about.
+const ASKED: u64 = 1 << 30;
+
+/// What it costs to learn from the kernel which pages of memory were written.
+fn harvest(measured: &mut Measured) -> Result<()> {
+    let memory = Idle::new(ASKED, Backing::Base)?;
+    let block = memory.block()?;
+    block.populate(0..ASKED)?;
+    let tracker = memory.dirty_tracker().map_err(|error| anyhow!("{error}"))?;
+    tracker.start()?;
+    let bitmap = DirtyBitmap::new(ASKED);
+    let rearm = || {
+        for start in (0..ASKED).step_by(2 << 20) {
+            tracker.rearm(0, start..start + (2 << 20), &bitmap)?;
+        }
+        bitmap.drain(|_| {});
+        Ok::<_, anyhow::Error>(())
+    };
+    for (name, every) in
+        [("no", None), ("1000", Some(ASKED / 4096 / 1000)), ("1 % of all", Some(100)), ("all", Some(1))]
+    {
+        let mut samples = Vec::new();
+        for _ in 0..RUNS {
+            rearm()?;
+            if let Some(every) = every {
+                for page in (0..ASKED / 4096).step_by(usize::try_from(every)?) {
+                    block.write(page * 4096, &[1])?;
+                }
+            }
+            let began = Instant::now();
+            tracker.sync(0, &bitmap)?;
+            samples.push(began.elapsed().as_secs_f64());
+        }
+        measured.add(format!("harvest of {}, {name} pages written", format_size(ASKED)), vec![samples]);
+    }
+    Ok(())
 }
 
 /// Seconds of each run, without what has to be done before.

@@ -1,7 +1,8 @@
 //! Whole migrations, each a `dunlin demo` in processes of its own: two machines, and every page verified.
 
+use std::io::Read;
 use std::process::{Command, Stdio};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -23,6 +24,7 @@ pub fn demo<'a>(arguments: impl IntoIterator<Item = &'a str>, patience: Duration
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["demo", "--json"]).args(arguments);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let (stdout, stderr) = (drained(child.stdout.take()), drained(child.stderr.take()));
     // Making and verifying machines takes time too, before and after.
     let deadline = Instant::now() + patience + Duration::from_secs(5);
     while child.try_wait()?.is_none() && Instant::now() < deadline {
@@ -32,13 +34,27 @@ pub fn demo<'a>(arguments: impl IntoIterator<Item = &'a str>, patience: Duration
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("a process without a number")?;
         kill_process(pid, Signal::INT)?;
     }
-    let output = child.wait_with_output()?;
-    let Ok(told) = serde_json::from_slice::<Told>(&output.stdout) else {
-        bail!("dunlin demo told nothing: {}", String::from_utf8_lossy(&output.stderr).trim());
+    child.wait()?;
+    let told = |thread: JoinHandle<String>| thread.join().unwrap_or_default();
+    let (stdout, stderr) = (told(stdout), told(stderr));
+    let Ok(told) = serde_json::from_str::<Told>(&stdout) else {
+        bail!("dunlin demo told nothing: {}", stderr.trim());
     };
     match told.report.status {
         Status::Completed if !told.verified => bail!("not every page is what it must be"),
         Status::Completed | Status::Cancelled => Ok(told.report),
-        status => bail!("the migration is {status}: {}", String::from_utf8_lossy(&output.stderr).trim()),
+        status => bail!("the migration is {status}: {}", stderr.trim()),
     }
+}
+
+/// Reads a pipe to its end, so that nobody waits for room in it.
+fn drained(pipe: Option<impl Read + Send + 'static>) -> JoinHandle<String> {
+    thread::spawn(move || {
+        let mut text = String::new();
+        if let Some(mut pipe) = pipe {
+            // What is no text is no report either, and is said to be missing.
+            let _ = pipe.read_to_string(&mut text);
+        }
+        text
+    })
 }

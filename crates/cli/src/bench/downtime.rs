@@ -13,7 +13,7 @@ use super::{Column, Measured};
 use crate::args::BenchDowntime;
 
 const COLUMNS: &[Column] = &[
-    Column { heading: "downtime ms", key: "downtime_seconds", scale: 1e3, decimals: 1 },
+    Column { heading: "downtime ms", key: "downtime_seconds", scale: 1e3, decimals: 2 },
     Column { heading: "predicted", key: "predicted_downtime_seconds", scale: 1e3, decimals: 1 },
     Column { heading: "off by", key: "prediction_error_seconds", scale: 1e3, decimals: 1 },
     Column { heading: "within the limit", key: "within_limit", scale: 1.0, decimals: 0 },

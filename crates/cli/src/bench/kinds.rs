@@ -1,7 +1,8 @@
 //! `dunlin bench kinds`: what a processor makes of pages, and makes pages of again, by what they hold.
 //!
-//! Everything runs on one thread, the way the engine does it: pages are copied out of guest RAM, 64 KiB at a time, and
-//! encoded; what that gives is decoded into RAM that holds their old version, and compared.
+//! Everything runs on one thread, with the engine's own table of kinds: pages are copied, 64 KiB at a time, and encoded;
+//! what that gives is decoded into RAM that holds their old version, and compared. Keeping the versions and checking pages
+//! come on top of it in a migration: whole ones are what `bench convergence` runs.
 
 use std::time::Instant;
 
@@ -99,6 +100,25 @@ pub fn measure(args: &BenchKinds) -> Result<Measured> {
     })?;
     measured.add("zero, looked at in place", vec![looked, Vec::new(), Vec::new()]);
 
+    for (what, change) in [
+        ("the delta encoder alone, 1 % in one place", Change::OnePlace(PAGE / 100)),
+        ("the delta encoder alone, 1 % scattered", Change::Scattered(PAGE / 100)),
+    ] {
+        let mut new = pages.clone();
+        let mut random = Random::default();
+        new.chunks_exact_mut(PAGE).for_each(|page| alter(page, change, &mut random));
+        let mut encoded = Vec::new();
+        let alone = once(&mut || {
+            for (old, new) in pages.as_chunks::<PAGE>().0.iter().zip(new.as_chunks::<PAGE>().0) {
+                encoded.clear();
+                if !internals::encode_delta(old, new, PAGE / 2, &mut encoded) {
+                    bail!("a delta of a page that has hardly changed does not fit");
+                }
+            }
+            Ok(())
+        })?;
+        measured.add(what, vec![alone, Vec::new(), Vec::new()]);
+    }
     for (what, content, change, compressor) in SUBJECTS {
         measured.add(*what, subject(args, &ram, bytes, *content, *change, *compressor)?);
     }

@@ -58,9 +58,10 @@ struct Row {
     samples: Vec<Vec<f64>>,
 }
 
-/// The least, the median and the most.
+/// The least, the median and the most of what is in order.
 fn spread(samples: &[f64]) -> Option<[f64; 3]> {
-    Some([*samples.first()?, *samples.get(samples.len() / 2)?, *samples.last()?])
+    let (below, above) = (samples.get(samples.len().saturating_sub(1) / 2)?, samples.get(samples.len() / 2)?);
+    Some([*samples.first()?, f64::midpoint(*below, *above), *samples.last()?])
 }
 
 impl Measured {
@@ -123,5 +124,6 @@ mod tests {
         let json = measured.json();
         assert_eq!((&json[0]["seconds"]["median"], &json[0]["seconds"]["runs"]), (&json!(0.002), &json!(3)));
         assert!(json[0]["of_it"].is_null());
+        assert_eq!(spread(&[1.0, 2.0, 4.0, 9.0]), Some([1.0, 3.0, 9.0]));
     }
 }

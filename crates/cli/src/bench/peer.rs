@@ -27,8 +27,8 @@ use crate::{run, terminal};
 pub struct Received {
     /// CPU seconds of the whole process, from listening to the end.
     pub cpu_seconds: f64,
-    /// The most memory that was not the machine's.
-    pub own_bytes: u64,
+    /// The most memory that was not the machine's, where it can be told apart.
+    pub own_bytes: Option<u64>,
     /// Memory of the host that the machine's memory takes, where known.
     pub present_bytes: Option<u64>,
     /// Of what the machine's memory holds.
@@ -72,7 +72,9 @@ pub fn peer(args: &BenchPeer) -> Result<Outcome> {
         }
     };
     let (present_bytes, digest) = (memory.present_bytes()?, memory.digest()?);
-    let received = Received { cpu_seconds: cpu, own_bytes: own, present_bytes, digest };
+    // Memory without a file counts as the process's own.
+    let own_bytes = if args.hugepages == Backing::Transparent { None } else { Some(own) };
+    let received = Received { cpu_seconds: cpu, own_bytes, present_bytes, digest };
     terminal::out(&serde_json::to_string(&received)?)?;
     Ok(Outcome::Success)
 }

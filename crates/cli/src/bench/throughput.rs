@@ -89,7 +89,7 @@ struct Run {
     source_cpu: f64,
     destination_cpu: f64,
     source_own: u64,
-    destination_own: u64,
+    destination_own: Option<u64>,
     present: Option<u64>,
 }
 
@@ -139,7 +139,7 @@ pub fn measure(args: &BenchThroughput) -> Result<Measured> {
                 column(&|run| run.destination_cpu / gib),
                 beside(&|run, bare| cpu(run) / cpu(bare)),
                 column(&|run| run.source_own as f64),
-                column(&|run| run.destination_own as f64),
+                runs.iter().filter_map(|run| run.destination_own).map(|bytes| bytes as f64).collect(),
                 runs.iter().filter_map(|run| run.present).map(|bytes| bytes as f64).collect(),
             ],
         );
@@ -215,7 +215,7 @@ fn memcpy(args: &BenchThroughput, from: &Idle) -> Result<Run> {
         source_cpu: cpu_seconds() - cpu,
         destination_cpu: 0.0,
         source_own: 0,
-        destination_own: 0,
+        destination_own: Some(0),
         present: to.present_bytes()?,
     })
 }

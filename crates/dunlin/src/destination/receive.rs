@@ -95,14 +95,15 @@ impl Receiving {
         let received = self.receiver.next(self.placement.block_bytes(), runs)?;
         self.heard.touch();
         match (received, self.carries.channel()) {
-            (Received::Pages, Some(_)) => {
-                self.placement.place(&self.receiver, runs, &self.counters, &mut self.staging)?;
+            (Received::Pages, Some(channel)) => {
+                self.placement.place(channel, &self.receiver, runs, &self.counters, &mut self.staging)?;
                 Ok(None)
             }
             (Received::Pages, None) => {
                 Err(Cause::Unexpected { message: "Pages", expected: "a message on the control connection" })
             }
             (Received::Message(Message::Mark(mark)), Some(channel)) => {
+                self.placement.complete()?;
                 Ok(Some(Event::Mark { channel, round: mark.round, place: self.place()? }))
             }
             (Received::Message(Message::Heartbeat), _) => Ok(None),

@@ -285,7 +285,7 @@ impl<'a> Session<'a> {
         }
         let features = compatibility::check(start, &**self.shared.guest.machine())?;
         let unchecked = features.iter().any(|feature| feature == UNCHECKED_PAGES);
-        self.placement.open(if unchecked { Integrity::None } else { Integrity::Checksum })?;
+        self.placement.open(if unchecked { Integrity::None } else { Integrity::Checksum }, start.channels);
         self.expected = Some(start.channels);
         self.channels_due = Instant::now() + lock(&self.shared.parameters).link_timeout;
         self.send(&Message::Accepted { features })?;
@@ -361,7 +361,7 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         let began = Instant::now();
-        self.placement.close();
+        self.placement.close()?;
         let mut arrived = PageCounts::default();
         for (_, counters) in lock(&self.shared.channels).iter() {
             arrived += counters.pages();
@@ -513,14 +513,14 @@ impl<'a> Session<'a> {
         if !matches!(self.state, DestinationState::Loading | DestinationState::Ready) {
             return;
         }
-        self.placement.close();
+        let _ = self.placement.close();
         self.cause = Some(cause);
         let _ = self.advance(DestinationEvent::Failed);
     }
 
     /// Closes everything; tells how it ended.
     fn end(mut self) -> Outcome {
-        self.placement.close();
+        let _ = self.placement.close();
         if let Some(link) = &self.link {
             link.connection.finish(LAST_WORD);
         }

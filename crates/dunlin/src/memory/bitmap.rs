@@ -137,6 +137,11 @@ impl DirtyBitmap {
         }
     }
 
+    /// Whether any page of `range` is set.
+    pub(crate) fn any(&self, range: Range<usize>) -> bool {
+        range.into_iter().any(|page| self.contains(page..page + 1))
+    }
+
     /// Whether every page of `range` is set. Pages beyond the end count as not set.
     pub fn contains(&self, range: Range<usize>) -> bool {
         range.into_iter().all(|page| {

@@ -17,7 +17,7 @@ use super::userfault::Userfault;
 use super::{DirtyBitmap, DirtyTracker, PAGE_SIZE, Ram, RamBlock, TrackerError};
 
 /// What is protected at once, a multiple of every chunk and of huge pages up to its size.
-const REGION_BYTES: u64 = 64 << 20;
+const REGION_BYTES: u64 = if cfg!(test) { 4 << 20 } else { 64 << 20 };
 
 /// [`DirtyTracker`] on userfaultfd `WP_ASYNC`, for anonymous, memfd and hugetlb memory. On hugetlb the kernel tracks
 /// whole huge pages.
@@ -105,6 +105,9 @@ fn region_bytes(block: &RamBlock) -> u64 {
 impl DirtyTracker for WriteProtectTracker {
     fn start(&self) -> Result<(), TrackerError> {
         let userfault = Userfault::open()?;
+        for region in self.regions.iter().flatten() {
+            *region.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        }
         for block in self.ram.blocks() {
             userfault.register(block.host_range()).map_err(|source| TrackerError::Kernel {
                 doing: "register with userfaultfd",
@@ -150,7 +153,8 @@ mod tests {
     use super::*;
     use crate::memory::{CHUNK_SIZE, RamBlock};
 
-    const SIZE: u64 = 8 << 20;
+    /// Two regions and a half.
+    const SIZE: u64 = 10 << 20;
 
     fn memfd(flags: rustix::fs::MemfdFlags) -> Option<Ram> {
         let fd = rustix::fs::memfd_create("test", flags).ok()?;
@@ -251,18 +255,28 @@ mod tests {
             }
             let bitmap = DirtyBitmap::new(SIZE);
             bitmap.set_all();
-            let mut copy = vec![0u8; SIZE as usize];
+            let copy: Vec<Mutex<Vec<u8>>> =
+                (0..bitmap.chunks()).map(|_| Mutex::new(vec![0; CHUNK_SIZE as usize])).collect();
             let stop = AtomicBool::new(false);
-            let harvest = |copy: &mut Vec<u8>| {
+            // As the engine does it: one looks, and then each worker takes the chunks that are its own.
+            let harvest = || {
                 tracker.sync(0, &bitmap).unwrap();
-                for chunk in bitmap.dirty_chunks().collect::<Vec<_>>() {
-                    let start = chunk as u64 * CHUNK_SIZE;
-                    tracker.rearm(0, start..start + CHUNK_SIZE, &bitmap).unwrap();
-                    for page in bitmap.take_chunk(chunk).runs().flatten() {
-                        let offset = start as usize + page * 4096;
-                        block.read(offset as u64, &mut copy[offset..offset + 4096]).unwrap();
+                std::thread::scope(|scope| {
+                    for worker in 0..3 {
+                        let (bitmap, tracker, copy) = (&bitmap, &tracker, &copy);
+                        scope.spawn(move || {
+                            for chunk in bitmap.dirty_chunks().filter(|chunk| chunk % 3 == worker) {
+                                let start = chunk as u64 * CHUNK_SIZE;
+                                tracker.rearm(0, start..start + CHUNK_SIZE, bitmap).unwrap();
+                                let mut copy = copy[chunk].lock().unwrap();
+                                for page in bitmap.take_chunk(chunk).runs().flatten() {
+                                    let at = page * 4096;
+                                    block.read(start + at as u64, &mut copy[at..at + 4096]).unwrap();
+                                }
+                            }
+                        });
                     }
-                }
+                });
             };
             std::thread::scope(|scope| {
                 scope.spawn(|| {
@@ -273,11 +287,12 @@ mod tests {
                     }
                 });
                 for _ in 0..200 {
-                    harvest(&mut copy);
+                    harvest();
                 }
                 stop.store(true, Ordering::Relaxed);
             });
-            harvest(&mut copy);
+            harvest();
+            let copy: Vec<u8> = copy.iter().flat_map(|chunk| chunk.lock().unwrap().clone()).collect();
             let mut now = vec![0u8; SIZE as usize];
             block.read(0, &mut now).unwrap();
             assert!(copy == now, "{kind}: a write was lost");

@@ -146,9 +146,9 @@ fn take_length(rest: &mut &[u8]) -> Result<usize, DecodeError> {
     }
 }
 
-/// One page; no more than it takes to send it plain.
+/// One page; less than it takes to send it plain.
 pub(super) fn accepts(length: u32, encoded_length: u32) -> bool {
-    length as usize == PAGE && encoded_length <= length
+    length as usize == PAGE && encoded_length < length
 }
 
 #[cfg(test)]

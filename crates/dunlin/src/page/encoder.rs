@@ -116,6 +116,8 @@ pub(crate) fn survey(
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Link {
     nanoseconds_a_byte: f64,
+    /// Bytes sent so far.
+    sent_bytes: u64,
 }
 
 impl Link {
@@ -126,6 +128,16 @@ impl Link {
         let weight = (bytes as f64 / MEMORY_BYTES).min(1.0);
         let now = time.as_nanos() as f64 / (bytes as f64).max(1.0);
         self.nanoseconds_a_byte += (now - self.nanoseconds_a_byte) * weight;
+        self.sent_bytes = self.sent_bytes.saturating_add(bytes);
+    }
+
+    /// The most bytes that are to be sent at once: what the link carries in about `time`, and no more than `unknown` as long
+    /// as that is not known.
+    pub(crate) fn bytes_within(&self, time: Duration, unknown: u64) -> u64 {
+        if self.sent_bytes < unknown.saturating_mul(4) {
+            return unknown;
+        }
+        (time.as_nanos() as f64 / self.nanoseconds_a_byte.max(1e-6)) as u64
     }
 }
 

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::dirty::DirtyRam;
 use super::frame::Frame;
@@ -113,10 +113,18 @@ impl Worker {
         Ok(())
     }
 
+    /// Bytes to put into a frame: what is even on a limited link, and does not stop a slow one for long. Somebody may want to
+    /// cancel, or to know whether it is still alive.
+    fn frame_bytes(&self) -> u64 {
+        const TIME: Duration = Duration::from_millis(20);
+        const UNKNOWN: u64 = 256 << 10;
+        self.common.pacer.frame_bytes().min(self.link.bytes_within(TIME, UNKNOWN).max(PAGE_SIZE))
+    }
+
     /// Puts pages into frames.
     fn run(&mut self, index: u16, block: &RamBlock, bytes: Range<u64>) -> Result<(), Cause> {
         // A slow stream is evener in small pieces.
-        let frame_bytes = self.common.pacer.frame_bytes();
+        let frame_bytes = self.frame_bytes();
         let most = (frame_bytes / PAGE_SIZE * PAGE_SIZE).clamp(PAGE_SIZE, MAX_UNIT_BYTES as u64);
         // A whole chunk has a frame to itself, so that it can travel as one run.
         if bytes.end.saturating_sub(bytes.start) >= CHUNK_SIZE.min(frame_bytes) {
@@ -139,7 +147,7 @@ impl Worker {
     }
 
     fn flush_if_full(&mut self) -> Result<(), Cause> {
-        if self.frame.is_full(self.common.pacer.frame_bytes()) { self.flush() } else { Ok(()) }
+        if self.frame.is_full(self.frame_bytes()) { self.flush() } else { Ok(()) }
     }
 
     /// Sends the frame in the making.

@@ -160,6 +160,9 @@ impl FrameHeader {
             table_checksum: reader.u32()?,
             data_checksum: reader.u64()?,
         };
+        if frame_type == FrameType::Pages {
+            reader.reserved(header.data_checksum)?;
+        }
         if header.sequence != expected {
             return Err(WireError::Sequence { expected, got: header.sequence });
         }

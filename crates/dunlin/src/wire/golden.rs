@@ -234,6 +234,21 @@ fn runs_stay_inside_ram() {
     }
 }
 
+#[test]
+fn runs_are_in_order() {
+    let run = |block, offset| PageRun { block, kind: PageKind::Zero, offset, length: 8192, encoded_length: 0 };
+    let check = |runs: &[PageRun]| {
+        let mut table = Vec::new();
+        runs.iter().for_each(|run| encode_run(&mut table, run));
+        decode_runs(&table, 0, &BLOCKS, &mut Vec::new())
+    };
+    assert_eq!(check(&[run(0, 0), run(0, 8192), run(1, 0)]), Ok(()));
+    for bad in [[run(0, 0), run(0, 4096)], [run(0, 0), run(0, 0)], [run(0, 8192), run(0, 0)], [run(1, 0), run(0, 8192)]]
+    {
+        assert!(matches!(check(&bad), Err(WireError::Order { .. })), "{bad:?}");
+    }
+}
+
 proptest! {
     /// Hostile bodies give errors, never panics or allocations beyond their own size; what decodes, encodes back.
     #[test]

@@ -104,6 +104,24 @@ pub enum WireError {
         /// What is wrong with it.
         source: DecodeError,
     },
+    /// Runs of a frame that are not in the order of RAM, each behind the one before.
+    #[error("a run at offset {offset} of RAM block number {block} does not lie behind the run before it")]
+    Order {
+        /// The block's number.
+        block: u16,
+        /// First byte.
+        offset: u64,
+    },
+    /// A run on a channel that its chunk does not travel on.
+    #[error("a run of {length} bytes at offset {offset} of RAM block number {block} does not belong to this channel")]
+    Channel {
+        /// The block's number.
+        block: u16,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        length: u32,
+    },
     /// A run of pages outside the machine's RAM.
     #[error("a run of {length} bytes at offset {offset} of RAM block number {block} lies outside this machine's RAM")]
     OutsideRam {

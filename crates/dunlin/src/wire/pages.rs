@@ -39,7 +39,8 @@ pub(crate) fn encode_run(table: &mut Vec<u8>, run: &PageRun) {
 }
 
 /// Decodes a table into `runs`. `block_bytes` gives the sizes of this machine's blocks: no run reaches outside them.
-/// The encoded lengths must add up to `data_length`.
+/// Each lies behind the one before, so no frame is about more than all of RAM. The encoded lengths must add up to
+/// `data_length`.
 pub(crate) fn decode_runs(
     table: &[u8],
     data_length: u32,
@@ -52,6 +53,7 @@ pub(crate) fn decode_runs(
         return Err(WireError::Length { what: "a frame's table" });
     }
     let mut encoded_total = 0u64;
+    let mut behind = (0, 0);
     for entry in entries {
         let mut reader = Reader::new(entry, "an entry of a frame's table");
         let (offset, length, encoded_length) = (reader.u64()?, reader.u32()?, reader.u32()?);
@@ -65,6 +67,10 @@ pub(crate) fn decode_runs(
         if length == 0 || !aligned || end.is_none_or(|end| end > size) {
             return Err(WireError::OutsideRam { block, offset, length });
         }
+        if (block, offset) < behind {
+            return Err(WireError::Order { block, offset });
+        }
+        behind = (block, offset.saturating_add(u64::from(length)));
         if !kind.accepts(length, encoded_length) {
             return Err(WireError::Length { what: "an encoded page" });
         }

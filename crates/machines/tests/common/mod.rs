@@ -50,11 +50,16 @@ pub fn source(memory_bytes: u64, vcpus: u32, workload: &str, seed: u64) -> Side 
 
 /// A running machine, on pages of the host of some size.
 pub fn source_on(backing: Backing, memory_bytes: u64, vcpus: u32, workload: &str, seed: u64) -> Side {
+    source_with(backing, memory_bytes, vcpus, workload, seed, "zero:30,random:40,text:30")
+}
+
+/// A running machine, on pages of the host of some size, with some contents.
+pub fn source_with(backing: Backing, memory_bytes: u64, vcpus: u32, workload: &str, seed: u64, fill: &str) -> Side {
     let config = SyntheticConfig {
         memory_bytes,
         vcpus,
         workload: workload.parse().unwrap(),
-        fill: "zero:30,random:40,text:30".parse().unwrap(),
+        fill: fill.parse().unwrap(),
         seed,
         backing,
     };
