@@ -14,7 +14,8 @@ use serde_json::json;
 
 const WORKLOAD: &str = "pattern=zipf,rate=100M/s,working-set=16M,content=text";
 
-fn migrates(directory: &Path, incoming: &str) -> String {
+/// Migrates over `incoming`, and has `check` look while both processes still live.
+fn migrates(directory: &Path, incoming: &str, check: impl FnOnce()) -> String {
     let destination = Machine::start("destination", directory, &["--memory", "64M", "--incoming", incoming]);
     let source = Machine::source(directory, "64M", WORKLOAD, &["--vcpus", "1"]);
     let uri = destination.address();
@@ -24,6 +25,7 @@ fn migrates(directory: &Path, incoming: &str) -> String {
     assert_eq!(source.state(), "postmigrate");
     assert!(destination.is_running());
     println!("{uri}: {}", destination.verified());
+    check();
     uri
 }
 
@@ -35,7 +37,7 @@ fn over_ipv6() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let uri = migrates(directory.path(), "tcp:[::1]:0");
+    let uri = migrates(directory.path(), "tcp:[::1]:0", || ());
     assert!(uri.starts_with("tcp:[::1]:") && !uri.ends_with(":0"), "{uri}");
 }
 
@@ -44,7 +46,7 @@ fn over_ipv6() {
 fn over_a_name() {
     let _turn = turn();
     let directory = tempfile::tempdir().unwrap();
-    migrates(directory.path(), "tcp:localhost:0");
+    migrates(directory.path(), "tcp:localhost:0", || ());
 }
 
 #[test]
@@ -52,9 +54,9 @@ fn over_a_unix_socket_with_a_space_in_its_name() {
     let _turn = turn();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("to be migrated");
-    migrates(directory.path(), &format!("unix:{}", path.display()));
     // The destination listens until the source has said that it knows.
-    until("the socket's file is gone", PATIENCE, || (!path.exists()).then_some(()));
+    let gone = || until("the socket's file is gone", PATIENCE, || (!path.exists()).then_some(()));
+    migrates(directory.path(), &format!("unix:{}", path.display()), gone);
 }
 
 /// `--incoming defer`, and the address over QMP.
