@@ -75,6 +75,33 @@ impl DirtyBitmap {
         }
     }
 
+    /// Marks the pages dirty that `mask` has bits for, from page `index` times 64 on; what lies beyond the end is cut.
+    pub(super) fn add_word(&self, index: usize, mask: u64) {
+        let beyond = index.saturating_add(1).saturating_mul(WORD_BITS).saturating_sub(self.pages);
+        let kept = u32::try_from(beyond).ok().and_then(|beyond| u64::MAX.checked_shr(beyond)).unwrap_or(0);
+        if mask & kept != 0 {
+            self.set_word(index, mask & kept);
+        }
+    }
+
+    /// Marks in `other` what is dirty here.
+    pub(super) fn add_to(&self, other: &Self) {
+        for (index, summary) in self.summary.iter().enumerate() {
+            for bit in bits(summary.load(Ordering::SeqCst)) {
+                let number = index * WORD_BITS + bit;
+                other.add_word(number, self.words.get(number).map_or(0, |word| word.load(Ordering::SeqCst)));
+            }
+        }
+    }
+
+    /// Takes what is dirty in `chunk` and marks it in `other`.
+    pub(super) fn move_chunk(&self, chunk: usize, other: &Self) {
+        let ChunkPages(words) = self.take_chunk(chunk);
+        for (number, word) in words.iter().enumerate() {
+            other.add_word(chunk * CHUNK_WORDS + number, *word);
+        }
+    }
+
     /// Marks every page dirty.
     pub fn set_all(&self) {
         self.set(0..self.pages);

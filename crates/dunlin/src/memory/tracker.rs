@@ -59,6 +59,24 @@ pub enum TrackerError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// KVM's dirty log cannot be cleared piece by piece.
+    #[error("this kernel's KVM has no dirty log with manual protection; Linux 5.2 or later is needed")]
+    NoManualDirtyLog,
+    /// A memory slot that is not a piece of its block in whole chunks.
+    #[error(
+        "memory slot {slot}, {size_bytes} bytes at {offset} of RAM block {block}: it must lie in the block, begin at a \
+         multiple of 2 MiB, and end at one or with the block"
+    )]
+    Slot {
+        /// The slot's number.
+        slot: u32,
+        /// The block's name.
+        block: String,
+        /// Where in the block it begins.
+        offset: u64,
+        /// Its length.
+        size_bytes: u64,
+    },
     /// A call failed.
     #[error("could not {doing} RAM block {block}: {source}")]
     Kernel {
