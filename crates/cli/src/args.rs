@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use dunlin::parameters::ParameterInfo;
 use dunlin::units::{self, QuantityError};
 use dunlin::{Parameters, Uri, UriError};
-use dunlin_machines::{Backing, Fill, Workload};
+use dunlin_machines::{Backing, Fill, Payload, Workload};
 use dunlin_monitor::parse_address;
 
 /// Live migration for virtual machines.
@@ -194,6 +194,13 @@ pub struct Demo {
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     pub vcpus: u32,
+    /// What runs the guest.
+    #[arg(long, value_enum, default_value_t = MachineKind::Synthetic)]
+    pub machine: MachineKind,
+    /// The guest of a machine on KVM: `counter`, or `dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s`
+    /// [default: dirty:working-set=16M, or a quarter of a small memory].
+    #[arg(long, value_name = "SPEC", value_parser = payload)]
+    pub payload: Option<Payload>,
     /// What the guest does: `idle`, or
     /// `pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,working-set=SIZE,content=random|text|sparse|counter`
     /// [default: pattern=uniform,rate=100M/s,working-set=128M,content=random].
@@ -223,6 +230,34 @@ pub enum Transport {
     Unix,
 }
 
+/// What runs a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MachineKind {
+    /// No hypervisor: threads that write memory by a program.
+    Synthetic,
+    /// A small microVM on /dev/kvm, with a built-in guest.
+    Kvm,
+}
+
+impl MachineKind {
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Synthetic => "synthetic",
+            Self::Kvm => "kvm",
+        }
+    }
+
+    /// Checks that nothing is asked of a machine that is another kind's.
+    pub fn check(self, workload: Option<&Workload>, payload: Option<&Payload>) -> Result<(), &'static str> {
+        match (self, workload, payload) {
+            (Self::Synthetic, _, Some(_)) => Err("--payload is for --machine kvm; use --workload"),
+            (Self::Kvm, Some(_), _) => Err("--workload is for --machine synthetic; use --payload"),
+            _ => Ok(()),
+        }
+    }
+}
+
 const DEFAULT_FILL: &str = "zero:50,random:30,text:20";
 
 #[derive(Debug, Args)]
@@ -233,6 +268,13 @@ pub struct Run {
     /// Number of vCPUs; with --incoming, as many as at the source.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub vcpus: u32,
+    /// What runs the guest; with --incoming, the same as at the source.
+    #[arg(long, value_enum, default_value_t = MachineKind::Synthetic)]
+    pub machine: MachineKind,
+    /// The guest of a machine on KVM: `counter`, or `dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s` [default: counter].
+    /// Comes with the guest if it comes in.
+    #[arg(long, value_name = "SPEC", value_parser = payload)]
+    pub payload: Option<Payload>,
     /// What the guest does: `idle`, or
     /// `pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,working-set=SIZE,content=random|text|sparse|counter`
     /// [default: idle]. Comes with the guest if it comes in.
@@ -264,6 +306,11 @@ impl Run {
     /// The workload asked for, or none.
     pub fn workload(&self) -> Result<Workload, String> {
         self.workload.clone().map_or_else(|| workload("idle"), Ok)
+    }
+
+    /// The payload asked for, or the usual one.
+    pub fn payload(&self) -> Payload {
+        self.payload.clone().unwrap_or(Payload::Counter)
     }
 
     /// The first content asked for, or the usual one.
@@ -348,6 +395,10 @@ pub fn workload(text: &str) -> Result<Workload, String> {
     text.parse::<Workload>().map_err(|error| error.to_string())
 }
 
+fn payload(text: &str) -> Result<Payload, String> {
+    text.parse::<Payload>().map_err(|error| error.to_string())
+}
+
 fn fill(text: &str) -> Result<Fill, String> {
     text.parse::<Fill>().map_err(|error| error.to_string())
 }
@@ -381,6 +432,8 @@ mod tests {
         for line in [
             "demo",
             "demo --memory 64M --vcpus 4 --workload idle --transport unix --set multifd-channels=8 --set max-bandwidth=50M/s --json",
+            "demo --machine kvm --payload dirty:working-set=8M,rate=20M/s",
+            "run --memory 64M --machine kvm --payload counter --qmp unix:/a",
             "run --memory 1.5GiB --vcpus 2 --fill zero:100 --seed 7 --qmp unix:/a",
             "run --memory 2G --incoming tcp:[::1]:0 --qmp /a",
             "run --memory 2G --incoming defer --qmp unix:/a",
@@ -407,6 +460,7 @@ mod tests {
             ("demo --set max-bandwidth", "NAME=VALUE"),
             ("demo --set multifd-channels=256", "1 to 255"),
             ("demo --workload walking", "walking"),
+            ("demo --machine kvm --payload walking", "no payload"),
             ("run --memory 1G", "--qmp"),
             ("run --memory 1G --qmp tcp:localhost:1", "Unix sockets only"),
             ("run --memory 1G --qmp unix:/a --incoming tcp:localhost", "the port is missing"),

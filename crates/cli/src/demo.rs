@@ -20,7 +20,7 @@ use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
 use crate::Outcome;
-use crate::args::{self, Demo, Transport};
+use crate::args::{self, Demo, MachineKind, Transport};
 use crate::commands::{is_verified, summary, verify_machine};
 use crate::connection;
 use crate::following::{self, Ended};
@@ -46,6 +46,7 @@ struct Shown {
 }
 
 pub fn demo(args: &Demo, interrupts: &Interrupts) -> Result<Outcome> {
+    args.machine.check(args.workload.as_ref(), args.payload.as_ref()).map_err(|mistake| anyhow!(mistake))?;
     let directory = tempfile::Builder::new().prefix("dunlin-demo-").tempdir();
     let directory = directory.context("could not make a temporary directory; see TMPDIR")?;
     // Dropped in reverse order: the machines end before their directory goes.
@@ -78,7 +79,9 @@ fn with_ending(error: anyhow::Error, machines: [&mut Machine; 2]) -> anyhow::Err
 
 fn common_arguments(args: &Demo) -> Vec<String> {
     let (memory, vcpus, hugepages) = (args.memory.to_string(), args.vcpus.to_string(), args.hugepages.to_string());
-    ["--memory", &memory, "--vcpus", &vcpus, "--hugepages", &hugepages].map(str::to_owned).to_vec()
+    let arguments =
+        ["--memory", &memory, "--vcpus", &vcpus, "--hugepages", &hugepages, "--machine", args.machine.name()];
+    arguments.map(str::to_owned).to_vec()
 }
 
 /// It is told where to listen when it knows its parameters.
@@ -89,9 +92,18 @@ fn destination_arguments(args: &Demo) -> Vec<String> {
 }
 
 fn source_arguments(args: &Demo) -> Result<Vec<String>> {
-    let workload = args.workload.clone().map_or_else(|| usual_workload(args.memory), Ok)?;
     let mut arguments = common_arguments(args);
-    arguments.extend(["--workload".to_owned(), workload.to_string(), "--fill".to_owned(), args.fill.to_string()]);
+    arguments.extend(match args.machine {
+        MachineKind::Synthetic => {
+            let workload = args.workload.clone().map_or_else(|| usual_workload(args.memory), Ok)?;
+            ["--workload".to_owned(), workload.to_string()]
+        }
+        MachineKind::Kvm => {
+            let payload = args.payload.as_ref().map_or_else(|| usual_payload(args.memory), ToString::to_string);
+            ["--payload".to_owned(), payload]
+        }
+    });
+    arguments.extend(["--fill".to_owned(), args.fill.to_string()]);
     Ok(arguments)
 }
 
@@ -100,6 +112,11 @@ fn usual_workload(memory_bytes: u64) -> Result<Workload> {
     let working_set = (memory_bytes / 4).min(128 << 20) & !4095;
     let text = format!("pattern=uniform,rate=100M/s,working-set={},content=random", working_set.max(4096));
     args::workload(&text).map_err(|error| anyhow!(error))
+}
+
+/// What a guest on KVM does unless something else is asked.
+fn usual_payload(memory_bytes: u64) -> String {
+    format!("dirty:working-set={}", ((memory_bytes / 4).min(16 << 20) & !4095).max(4096))
 }
 
 /// The whole way; nothing if interrupted before the migration began.

@@ -11,7 +11,7 @@ use dunlin_monitor::{Server, Verification, Vm};
 use rustix::process::{Pid, Signal};
 
 use crate::Outcome;
-use crate::args::{Incoming, Run};
+use crate::args::{Incoming, MachineKind, Run};
 use crate::interrupts::Interrupts;
 use crate::terminal;
 
@@ -22,12 +22,19 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     if let Some(parent) = args.exit_with_parent {
         tie_to_parent(parent)?;
     }
-    let vm = make(args)?;
+    args.machine.check(args.workload.as_ref(), args.payload.as_ref()).map_err(|mistake| anyhow!(mistake))?;
+    let vm = match args.machine {
+        MachineKind::Synthetic => make(args)?,
+        MachineKind::Kvm => make_kvm(args)?,
+    };
     let mut state = match &args.incoming {
         None => {
             vm.cont().context("could not start the guest")?;
-            let workload = args.workload().map_err(|error| anyhow!(error))?;
-            format!("guest running: {}, workload {workload}", size(args))
+            let does = match args.machine {
+                MachineKind::Synthetic => format!("workload {}", args.workload().map_err(|error| anyhow!(error))?),
+                MachineKind::Kvm => format!("on KVM, payload {}", args.payload()),
+            };
+            format!("guest running: {}, {does}", size(args))
         }
         Some(Incoming::Defer) => {
             format!("waiting for QMP's migrate-incoming to say where to wait for a migration: {}", size(args))
@@ -97,6 +104,40 @@ fn make(args: &Run) -> Result<Arc<Vm>> {
         Ok(Verification { good: report.is_good(), summary: report.to_string(), report: serde_json::to_value(&report)? })
     };
     Ok(Vm::new(guest, Some(Box::new(verify))))
+}
+
+#[cfg(target_arch = "x86_64")]
+fn make_kvm(args: &Run) -> Result<Arc<Vm>> {
+    use dunlin_machines::{KvmConfig, KvmMachine};
+    let failed = || format!("could not make a machine of {} on KVM", size(args));
+    let (machine, guest) = if args.incoming.is_some() {
+        if args.payload.is_some() || args.fill.is_some() {
+            terminal::note("--payload and --fill say nothing here: they come with the guest");
+        }
+        let machine = KvmMachine::empty(args.memory, args.vcpus, args.hugepages).with_context(failed)?;
+        (Arc::clone(&machine), Guest::awaited(machine))
+    } else {
+        let machine = KvmMachine::new(&KvmConfig {
+            memory_bytes: args.memory,
+            vcpus: args.vcpus,
+            payload: args.payload(),
+            fill: args.fill().map_err(|error| anyhow!(error))?,
+            backing: args.hugepages,
+            seed: args.seed,
+        })
+        .with_context(failed)?;
+        (Arc::clone(&machine), Guest::new(machine))
+    };
+    let verify = move || -> Result<Verification, MachineError> {
+        let report = machine.verify()?;
+        Ok(Verification { good: report.is_good(), summary: report.to_string(), report: serde_json::to_value(&report)? })
+    };
+    Ok(Vm::new(guest, Some(Box::new(verify))))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn make_kvm(_: &Run) -> Result<Arc<Vm>> {
+    bail!("--machine kvm is for x86-64 only; use --machine synthetic")
 }
 
 fn listen(vm: &Vm, uri: &Uri) -> Result<Uri> {

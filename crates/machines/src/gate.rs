@@ -16,7 +16,7 @@ struct State {
 
 /// A gate that threads pass to run.
 #[derive(Debug, Default)]
-pub(super) struct Gate {
+pub(crate) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
     /// What `state.open` says, for a look without the lock after every step.
@@ -25,7 +25,7 @@ pub(super) struct Gate {
 
 /// Why a thread came back from the gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Passage {
+pub(crate) enum Passage {
     /// It may run.
     Run,
     /// The machine is gone.
@@ -38,18 +38,26 @@ impl Gate {
     }
 
     /// Lets all threads run.
-    pub(super) fn open(&self) {
+    pub(crate) fn open(&self) {
         self.state().open = true;
         self.open.store(true, Ordering::Release);
         self.changed.notify_all();
     }
 
     /// Stops all threads and waits until they have; tells whether the gate was open.
-    pub(super) fn close(&self) -> bool {
+    pub(crate) fn close(&self) -> bool {
+        self.close_with(|| {})
+    }
+
+    /// The same for threads that do not look by themselves: `kick` makes those inside look, once the gate is closed.
+    pub(crate) fn close_with(&self, kick: impl FnOnce()) -> bool {
         let mut state = self.state();
         let was_open = std::mem::replace(&mut state.open, false);
-        self.open.store(false, Ordering::Release);
+        self.open.store(false, Ordering::SeqCst);
         self.changed.notify_all();
+        if state.inside > 0 {
+            kick();
+        }
         while state.inside > 0 {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -57,14 +65,14 @@ impl Gate {
     }
 
     /// Ends all threads.
-    pub(super) fn end(&self) {
+    pub(crate) fn end(&self) {
         self.state().ended = true;
-        self.open.store(false, Ordering::Release);
+        self.open.store(false, Ordering::SeqCst);
         self.changed.notify_all();
     }
 
     /// Waits until the gate is open. A thread that got in must [`leave`](Self::leave).
-    pub(super) fn enter(&self) -> Passage {
+    pub(crate) fn enter(&self) -> Passage {
         let mut state = self.state();
         loop {
             if state.ended {
@@ -79,12 +87,12 @@ impl Gate {
     }
 
     /// Whether a thread inside may go on.
-    pub(super) fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         self.open.load(Ordering::Acquire)
     }
 
     /// Sleeps until `until`, or until the gate is closed.
-    pub(super) fn sleep(&self, until: Instant) {
+    pub(crate) fn sleep(&self, until: Instant) {
         let mut state = self.state();
         loop {
             let left = until.saturating_duration_since(Instant::now());
@@ -96,7 +104,7 @@ impl Gate {
     }
 
     /// A thread that was inside is not any more.
-    pub(super) fn leave(&self) {
+    pub(crate) fn leave(&self) {
         self.state().inside -= 1;
         self.changed.notify_all();
     }

@@ -1,10 +1,21 @@
 //! Machines for Dunlin to move.
 //!
 //! [`synthetic`] needs no hypervisor: its vCPUs are threads that write by a seeded, repeatable program, so that what
-//! every page must hold can be computed after any migration.
+//! every page must hold can be computed after any migration. [`kvm`] is a small microVM on /dev/kvm, with guests of which
+//! the same is true.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+pub mod kvm;
 pub mod synthetic;
 
+mod gate;
+mod payload;
+mod sections;
+
+#[cfg(target_arch = "x86_64")]
+pub use kvm::{KvmConfig, KvmError, KvmMachine, KvmReport};
+pub use payload::{Payload, PayloadError};
 pub use synthetic::{Backing, Fault, Fill, SyntheticConfig, SyntheticError, SyntheticMachine, VerifyReport, Workload};

@@ -373,10 +373,7 @@ unsafe impl rustix::ioctl::Ioctl for CheckExtension {
         std::ptr::without_provenance_mut(self.0)
     }
 
-    unsafe fn output_from_ptr(
-        out: rustix::ioctl::IoctlOutput,
-        _: *mut std::ffi::c_void,
-    ) -> rustix::io::Result<u64> {
+    unsafe fn output_from_ptr(out: rustix::ioctl::IoctlOutput, _: *mut std::ffi::c_void) -> rustix::io::Result<u64> {
         Ok(u64::try_from(out).unwrap_or(0))
     }
 }
@@ -486,7 +483,7 @@ mod tests {
         fn clear(&self, slot: u32, first_page: u64, count: u32, words: &[u64]) -> io::Result<()> {
             let pages = pages_of(slot);
             let last = first_page + u64::from(count) == pages.end - pages.start;
-            if first_page % 64 != 0 || !(last || count % 64 == 0) {
+            if !first_page.is_multiple_of(64) || !(last || count.is_multiple_of(64)) {
                 return Err(io::ErrorKind::InvalidInput.into());
             }
             let cleared = |at: u64| words[(at / 64) as usize] >> (at % 64) & 1 != 0;

@@ -7,7 +7,7 @@ use super::program::mix;
 use super::workload::Content;
 
 /// One page.
-pub(super) type Page = [u8; PAGE_BYTES];
+pub(crate) type Page = [u8; PAGE_BYTES];
 
 /// Bytes that a `counter` step writes.
 pub(super) const RECORD_BYTES: usize = 40;

@@ -96,7 +96,7 @@ impl Fill {
     }
 
     /// What page number `number` holds at the start.
-    pub(super) fn page(&self, seed: u64, number: u64, page: &mut Page) {
+    pub(crate) fn page(&self, seed: u64, number: u64, page: &mut Page) {
         let key = mix(seed ^ mix(number) ^ 0xF111);
         match self.kind(seed, number) {
             Kind::Zero => page.fill(0),
@@ -108,13 +108,25 @@ impl Fill {
 
 /// Fills a block. Pages of zeros are not touched: they cost no memory.
 pub(super) fn fill(block: &RamBlock, fill: &Fill, seed: u64) -> Result<(), SyntheticError> {
-    let pages = block.size_bytes() / PAGE_BYTES as u64;
+    fill_pages(block, 0, fill, seed, 0..block.size_bytes() / PAGE_BYTES as u64)
+}
+
+/// Fills pages of a block whose own first page is number `base` of all RAM.
+pub(crate) fn fill_pages(
+    block: &RamBlock,
+    base: u64,
+    fill: &Fill,
+    seed: u64,
+    pages: std::ops::Range<u64>,
+) -> Result<(), SyntheticError> {
+    let (first, end) = (pages.start, pages.end);
+    let pages = end.saturating_sub(first);
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4) as u64;
     let part = pages.div_ceil(threads).next_multiple_of(GROUP_PAGES);
     std::thread::scope(|scope| {
         let parts: Vec<_> = (0..threads)
-            .map(|n| (n * part).min(pages)..((n + 1) * part).min(pages))
-            .map(|range| scope.spawn(move || fill_range(block, fill, seed, range)))
+            .map(|n| first + (n * part).min(pages)..first + ((n + 1) * part).min(pages))
+            .map(|range| scope.spawn(move || fill_range(block, base, fill, seed, range)))
             .collect();
         for part in parts {
             part.join().map_err(|_| system("fill the memory")(std::io::Error::other("a thread panicked")))??;
@@ -123,17 +135,23 @@ pub(super) fn fill(block: &RamBlock, fill: &Fill, seed: u64) -> Result<(), Synth
     })
 }
 
-fn fill_range(block: &RamBlock, fill: &Fill, seed: u64, range: std::ops::Range<u64>) -> Result<(), MemoryError> {
+fn fill_range(
+    block: &RamBlock,
+    base: u64,
+    fill: &Fill,
+    seed: u64,
+    range: std::ops::Range<u64>,
+) -> Result<(), MemoryError> {
     let mut page = [0; PAGE_BYTES];
     for group in range.clone().step_by(GROUP_PAGES as usize) {
-        if fill.kind(seed, group) == Kind::Zero {
+        if fill.kind(seed, base + group) == Kind::Zero {
             continue;
         }
         let end = (group + GROUP_PAGES).min(range.end);
         // Only quicker: where the kernel cannot do it, the pages come one by one.
         let _ = block.populate(group * PAGE_BYTES as u64..end * PAGE_BYTES as u64);
         for number in group..end {
-            fill.page(seed, number, &mut page);
+            fill.page(seed, base + number, &mut page);
             block.write(number * PAGE_BYTES as u64, &page)?;
         }
     }

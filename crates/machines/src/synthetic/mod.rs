@@ -5,10 +5,9 @@
 //! says exactly which writes are complete whenever the machine is paused.
 
 mod backing;
-mod content;
+pub(crate) mod content;
 mod device;
-mod fill;
-mod gate;
+pub(crate) mod fill;
 mod program;
 mod state;
 mod vcpu;
@@ -20,14 +19,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use dunlin::memory::{DirtyTracker, MemoryError, Ram, RamBlock, WriteProtectTracker};
 use dunlin::{Machine, MachineError, StateSection};
 
+pub use crate::sections::StateError;
 pub use backing::{Backing, BackingError};
 pub use fill::{Fill, FillError};
-pub use state::StateError;
 pub use verify::{Fault, FaultKind, VerifyReport};
 pub use workload::{Content, Pattern, Workload, WorkloadError};
 
+use crate::gate::Gate;
 use device::Device;
-use gate::Gate;
 use program::Program;
 use vcpu::Vcpus;
 

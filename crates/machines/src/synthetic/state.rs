@@ -3,66 +3,13 @@
 //! Sections are versioned and encoded with postcard. Everything is checked before anything is taken over.
 
 use dunlin::StateSection;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+
+use crate::sections::{StateError, decode, find, same, section};
 
 use super::device::{Device, LOG_BYTES};
 use super::program::Program;
 use super::{Fill, Identity, Workload};
-
-const VERSION: u32 = 1;
-
-/// State that does not fit.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum StateError {
-    /// A section that this machine does not know.
-    #[error("section {name:?} ({instance}) is unknown here")]
-    Unknown {
-        /// Its name.
-        name: String,
-        /// Its instance.
-        instance: u32,
-    },
-    /// A section that must be there is not, or is there twice.
-    #[error("section {name:?} ({instance}) is there {times} times, it must be once")]
-    Count {
-        /// Its name.
-        name: &'static str,
-        /// Its instance.
-        instance: u32,
-        /// How often it is there.
-        times: usize,
-    },
-    /// A version that this machine does not know.
-    #[error("section {name:?} has version {version}, this machine knows {VERSION}")]
-    Version {
-        /// Its name.
-        name: &'static str,
-        /// Its version.
-        version: u32,
-    },
-    /// A section that does not decode.
-    #[error("section {name:?} ({instance}) is damaged: {problem}")]
-    Damaged {
-        /// Its name.
-        name: &'static str,
-        /// Its instance.
-        instance: u32,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// Another machine's.
-    #[error("the source has {theirs} {what}, this machine has {ours}")]
-    Different {
-        /// Of what.
-        what: &'static str,
-        /// At the source.
-        theirs: u64,
-        /// Here.
-        ours: u64,
-    },
-}
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Profile {
@@ -99,14 +46,6 @@ pub(super) struct Loaded {
     pub(super) log: Vec<u8>,
 }
 
-fn damaged(name: &'static str, instance: u32) -> impl Fn(postcard::Error) -> StateError {
-    move |error| StateError::Damaged { name, instance, problem: error.to_string() }
-}
-
-fn same(what: &'static str, theirs: u64, ours: u64) -> Result<(), StateError> {
-    if theirs == ours { Ok(()) } else { Err(StateError::Different { what, theirs, ours }) }
-}
-
 /// What the other side must agree to.
 pub(super) fn profile(memory_bytes: u64, vcpus: u32) -> Vec<u8> {
     // Encoding two numbers into a growing vector does not fail.
@@ -118,21 +57,6 @@ pub(super) fn accept_profile(profile: &[u8], memory_bytes: u64, vcpus: u32) -> R
     let theirs: Profile = decode(profile, "profile", 0)?;
     same("bytes of memory", theirs.memory_bytes, memory_bytes)?;
     same("vCPUs", u64::from(theirs.vcpus), u64::from(vcpus))
-}
-
-fn decode<T: DeserializeOwned>(data: &[u8], name: &'static str, instance: u32) -> Result<T, StateError> {
-    match postcard::take_from_bytes(data).map_err(damaged(name, instance))? {
-        (value, []) => Ok(value),
-        (_, rest) => {
-            let problem = format!("{} bytes too many", rest.len());
-            Err(StateError::Damaged { name, instance, problem })
-        }
-    }
-}
-
-fn section<T: Serialize>(name: &'static str, instance: u32, value: &T) -> Result<StateSection, StateError> {
-    let data = postcard::to_stdvec(value).map_err(damaged(name, instance))?;
-    Ok(StateSection { name: name.to_owned(), instance, version: VERSION, data })
 }
 
 /// All sections of a paused machine.
@@ -156,15 +80,6 @@ pub(super) fn save(
     let (ticks, log) = device.get();
     sections.push(section("device", 0, &DeviceState { ticks, log })?);
     Ok(sections)
-}
-
-fn find<T: DeserializeOwned>(sections: &[StateSection], name: &'static str, instance: u32) -> Result<T, StateError> {
-    let mut found = sections.iter().filter(|s| s.name == name && s.instance == instance);
-    match (found.next(), found.count()) {
-        (Some(section), 0) if section.version == VERSION => decode(&section.data, name, instance),
-        (Some(section), 0) => Err(StateError::Version { name, version: section.version }),
-        (first, more) => Err(StateError::Count { name, instance, times: usize::from(first.is_some()) + more }),
-    }
 }
 
 /// Checks all sections.

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use dunlin::memory::RamBlock;
 
+use crate::gate::{Gate, Passage};
+
 use super::content;
 use super::device::Device;
-use super::gate::{Gate, Passage};
 use super::workload::Workload;
 use super::{Identity, PAGE_BYTES};
 

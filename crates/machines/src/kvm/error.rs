@@ -1,0 +1,110 @@
+//! What can go wrong with a machine on KVM.
+
+use std::io;
+
+use dunlin::memory::MemoryError;
+
+use super::MAX_VCPUS;
+use super::x86::LOW_BYTES;
+use crate::sections::StateError;
+use crate::synthetic::SyntheticError;
+
+/// What can go wrong with a machine on KVM.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KvmError {
+    /// There is no KVM, or not for this process.
+    #[error("could not use /dev/kvm: {source}; this machine needs KVM, the synthetic one does not")]
+    NoKvm {
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// KVM refused.
+    #[error("could not {doing}: {source}")]
+    Kvm {
+        /// What was being done.
+        doing: &'static str,
+        /// Its answer.
+        source: io::Error,
+    },
+    /// KVM refused a model specific register.
+    #[error("could not {doing} the model specific register {msr:#x} of a vCPU")]
+    Msr {
+        /// What was being done.
+        doing: &'static str,
+        /// Its number.
+        msr: u32,
+    },
+    /// The vector registers of another host.
+    #[error("the source's vector registers take {theirs} bytes, this host's {ours}")]
+    Xsave {
+        /// At the source.
+        theirs: usize,
+        /// Here.
+        ours: usize,
+    },
+    /// CPU features that this host has not.
+    #[error("the guest was given CPU features that this host does not have: {missing}")]
+    Features {
+        /// Which.
+        missing: String,
+    },
+    /// The memory's size.
+    #[error("{bytes} bytes of memory: it must be a multiple of its pages, at least 2 MiB and at most 64 GiB")]
+    MemorySize {
+        /// What was asked for.
+        bytes: u64,
+    },
+    /// The number of vCPUs.
+    #[error("{vcpus} vCPUs: it must be 1 to {MAX_VCPUS}")]
+    Vcpus {
+        /// What was asked for.
+        vcpus: u32,
+    },
+    /// The region that a payload writes.
+    #[error(
+        "a working set of {bytes} bytes: it must be at least {least}, and at most {room}, what lies between {LOW_BYTES} \
+         and the end of the memory or its hole"
+    )]
+    WorkingSet {
+        /// What was asked for.
+        bytes: u64,
+        /// A page for each vCPU.
+        least: u64,
+        /// What there is.
+        room: u64,
+    },
+    /// The system refused memory or a thread.
+    #[error("could not {doing}: {source}")]
+    System {
+        /// What was being done.
+        doing: &'static str,
+        /// Its answer.
+        source: io::Error,
+    },
+    /// RAM could not be used.
+    #[error("{0}")]
+    Memory(#[from] MemoryError),
+    /// RAM could not be filled.
+    #[error("{0}")]
+    Fill(#[from] SyntheticError),
+    /// There is nothing to run yet.
+    #[error("the machine is empty: no state has been loaded into it")]
+    Empty,
+    /// A vCPU cannot go on.
+    #[error("vCPU {vcpu} has stopped: {why}")]
+    Stopped {
+        /// Its number.
+        vcpu: usize,
+        /// Why.
+        why: String,
+    },
+    /// The state of another machine does not fit.
+    #[error("device state: {0}")]
+    State(#[from] StateError),
+}
+
+/// An error of KVM while `doing` something.
+pub(super) fn kvm(doing: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
+    move |error| KvmError::Kvm { doing, source: error.into() }
+}

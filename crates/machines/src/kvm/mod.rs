@@ -1,0 +1,397 @@
+//! A small microVM on KVM: RAM in memfds, vCPUs with KVM's own interrupt controllers and interval timer, and built-in
+//! bare-metal guests of which everything in memory follows from how many steps each vCPU has done.
+//!
+//! What is x86-64 of it is in `x86`. What must stay true: a vCPU's state is read and written only while its thread waits at
+//! the gate, out of KVM_RUN and with no instruction half done.
+
+mod error;
+mod memory;
+mod vcpu;
+mod verify;
+mod x86;
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use dunlin::memory::{DirtyTracker, KvmDirtyLog, Ram, RamBlock};
+use dunlin::{Machine, MachineError, StateSection};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+
+pub use error::KvmError;
+pub use verify::KvmReport;
+
+use error::kvm;
+use memory::Memory;
+use vcpu::Vcpus;
+use x86::features::{self, Leaf};
+use x86::{Host, Program, VcpuState, VmState};
+
+use crate::sections::{StateError, decode, find, same, section};
+use crate::synthetic::fill::fill_pages;
+use crate::{Backing, Fill, Payload};
+
+/// The most vCPUs.
+const MAX_VCPUS: u32 = 16;
+const MIN_MEMORY_BYTES: u64 = 2 << 20;
+const MAX_MEMORY_BYTES: u64 = 64 << 30;
+
+/// What a machine is made of.
+#[derive(Debug, Clone)]
+pub struct KvmConfig {
+    /// RAM in bytes, 2 MiB to 64 GiB.
+    pub memory_bytes: u64,
+    /// vCPUs, 1 to 16.
+    pub vcpus: u32,
+    /// The guest.
+    pub payload: Payload,
+    /// What RAM holds at the start, above the first MiB.
+    pub fill: Fill,
+    /// The host's pages that RAM is made of.
+    pub backing: Backing,
+    /// What RAM holds follows from it.
+    pub seed: u64,
+}
+
+/// What the machine is and does, once it is known.
+#[derive(Debug, Clone)]
+struct Identity {
+    program: Program,
+    fill: Fill,
+    seed: u64,
+    /// The CPU's features that the guest was given.
+    cpuid: Vec<Leaf>,
+}
+
+/// A virtual machine of KVM.
+#[derive(Debug)]
+struct Hypervisor {
+    vm: VmFd,
+    /// Something ran in it or was loaded into it: for another state there must be a new one.
+    used: bool,
+}
+
+/// A machine on KVM.
+#[derive(Debug)]
+pub struct KvmMachine {
+    // Dropped in this order: first the threads, last the memory that all stand on.
+    vcpus: Vcpus,
+    hypervisor: Mutex<Hypervisor>,
+    kvm: Kvm,
+    host: Host,
+    memory: Memory,
+    memory_bytes: u64,
+    count: u32,
+    /// `None` until a state is loaded into an empty machine.
+    identity: RwLock<Option<Identity>>,
+    /// Held while somebody starts, stops or verifies.
+    control: Mutex<()>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Profile {
+    memory_bytes: u64,
+    vcpus: u32,
+    cpuid: Vec<Leaf>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Config {
+    memory_bytes: u64,
+    vcpus: u32,
+    payload: Payload,
+    fill: Fill,
+    seed: u64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl KvmMachine {
+    /// Whether a machine can be made here.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn available() -> Result<(), KvmError> {
+        open().and_then(|kvm_fd| create_vm(&kvm_fd)).map(drop)
+    }
+
+    /// A machine with its guest in RAM, paused.
+    ///
+    /// # Errors
+    /// When there is no KVM, the configuration is out of range, or KVM or the system refuses something.
+    pub fn new(config: &KvmConfig) -> Result<Arc<Self>, KvmError> {
+        let machine = Self::empty(config.memory_bytes, config.vcpus, config.backing)?;
+        let program = Program::new(config.payload.clone(), config.vcpus, machine.memory.low_bytes())?;
+        for (number, block) in machine.memory.ram.blocks().iter().enumerate() {
+            let address = machine.memory.address(number);
+            let pages = block.size_bytes() / 4096;
+            let first = if address == 0 { x86::LOW_BYTES / 4096 } else { 0 };
+            fill_pages(block, address / 4096, &config.fill, config.seed, first..pages)?;
+        }
+        machine.block()?.write(0, &program.low_memory(machine.memory.end()))?;
+        for (number, vcpu) in machine.vcpus.all().iter().enumerate() {
+            if let Some(fd) = &*vcpu.fd() {
+                x86::set_cpuid(fd, &features::of_vcpu(&machine.host.cpuid, number as u32, config.vcpus))?;
+                x86::boot(fd, number, &program)?;
+            }
+        }
+        let cpuid = features::of_vcpu(&machine.host.cpuid, 0, config.vcpus);
+        machine.identify(Identity { program, fill: config.fill.clone(), seed: config.seed, cpuid });
+        Ok(machine)
+    }
+
+    /// A machine with untouched RAM, for a state to be loaded into.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn empty(memory_bytes: u64, vcpus: u32, backing: Backing) -> Result<Arc<Self>, KvmError> {
+        let range = MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES;
+        let page = backing.page_bytes();
+        // Memory begins again at 4 GiB, so that the hole is a multiple of all pages.
+        if !range.contains(&memory_bytes) || !memory_bytes.is_multiple_of(page) {
+            return Err(KvmError::MemorySize { bytes: memory_bytes });
+        }
+        if vcpus == 0 || vcpus > MAX_VCPUS {
+            return Err(KvmError::Vcpus { vcpus });
+        }
+        let kvm_fd = open()?;
+        let mut host = Host::ask(&kvm_fd)?;
+        let memory = Memory::new(memory_bytes, backing)?;
+        let (vm, fds) = build(&kvm_fd, &memory, vcpus)?;
+        if let Some(fd) = fds.first() {
+            host.probe_msrs(fd)?;
+        }
+        let threads =
+            Vcpus::start(vcpus).map_err(|source| KvmError::System { doing: "start a vCPU's thread", source })?;
+        for (vcpu, fd) in threads.all().iter().zip(fds) {
+            vcpu.replace(Some(fd));
+        }
+        Ok(Arc::new(Self {
+            vcpus: threads,
+            hypervisor: Mutex::new(Hypervisor { vm, used: false }),
+            kvm: kvm_fd,
+            host,
+            memory,
+            memory_bytes,
+            count: vcpus,
+            identity: RwLock::default(),
+            control: Mutex::default(),
+        }))
+    }
+
+    fn block(&self) -> Result<&RamBlock, KvmError> {
+        self.memory.ram.blocks().first().ok_or(KvmError::Empty)
+    }
+
+    fn identity(&self) -> Result<Identity, KvmError> {
+        self.identity.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or(KvmError::Empty)
+    }
+
+    /// From here on the machine is that, and its vCPUs keep its pace.
+    fn identify(&self, identity: Identity) {
+        let rate = match identity.program.payload {
+            Payload::Dirty { rate_bytes_per_second, .. } => rate_bytes_per_second,
+            Payload::Counter => None,
+        };
+        let pace = rate.map(|rate| {
+            let nanoseconds = u128::from(self.count) * 4096 * 1_000_000_000 / u128::from(rate.max(1));
+            Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
+        });
+        self.vcpus.all().iter().for_each(|vcpu| vcpu.set_pace(pace));
+        *self.identity.write().unwrap_or_else(PoisonError::into_inner) = Some(identity);
+    }
+
+    /// Steps that each vCPU has counted in memory.
+    ///
+    /// # Errors
+    /// When memory cannot be read.
+    pub fn counted(&self) -> Result<Vec<u64>, KvmError> {
+        let block = self.block()?;
+        (0..self.count as usize).map(|vcpu| x86::counted(block, vcpu)).collect()
+    }
+
+    /// Compares all of RAM with what it must hold after the steps that the vCPUs' registers say. A running machine is
+    /// stopped meanwhile and goes on afterwards.
+    ///
+    /// # Errors
+    /// When the machine is empty, or RAM or registers cannot be read. What is wrong with the guest is in the report.
+    pub fn verify(&self) -> Result<KvmReport, KvmError> {
+        let identity = self.identity()?;
+        let _control = lock(&self.control);
+        let was_running = self.vcpus.pause();
+        let report = self.found(&identity).and_then(|found| verify::verify(&self.memory, &identity, found));
+        if was_running {
+            self.vcpus.resume();
+        }
+        report
+    }
+
+    /// What each vCPU's registers say: its steps, or what is wrong.
+    fn found(&self, identity: &Identity) -> Result<Vec<Result<u64, String>>, KvmError> {
+        let mut found = Vec::new();
+        for (number, vcpu) in self.vcpus.all().iter().enumerate() {
+            found.push(match (vcpu.stopped(), &*vcpu.fd()) {
+                (Some(why), _) => Err(format!("vCPU {number} has stopped: {why}")),
+                (None, Some(fd)) => x86::steps(fd, number, &identity.program)?,
+                (None, None) => Err(format!("vCPU {number} was never made")),
+            });
+        }
+        Ok(found)
+    }
+
+    /// Every vCPU can run on.
+    fn check_vcpus(&self) -> Result<(), KvmError> {
+        let all = self.vcpus.all().iter().enumerate();
+        let mut stopped = all.filter_map(|(vcpu, each)| Some(KvmError::Stopped { vcpu, why: each.stopped()? }));
+        stopped.next().map_or(Ok(()), Err)
+    }
+
+    fn take_over(&self, sections: &[StateSection]) -> Result<(), KvmError> {
+        check_names(sections, self.count)?;
+        let config: Config = find(sections, "config", 0)?;
+        same("bytes of memory", config.memory_bytes, self.memory_bytes)?;
+        same("vCPUs", u64::from(config.vcpus), u64::from(self.count))?;
+        let vcpus: Vec<VcpuState> =
+            (0..self.count).map(|vcpu| find(sections, "vcpu", vcpu)).collect::<Result<_, StateError>>()?;
+        let state = VmState {
+            chips: (0..x86::CHIPS.len() as u32)
+                .map(|chip| find(sections, "irqchip", chip))
+                .collect::<Result<_, _>>()?,
+            pit: find(sections, "pit", 0)?,
+            clock: find(sections, "clock", 0)?,
+        };
+        let program = Program::new(config.payload, self.count, self.memory.low_bytes())?;
+        let mut hypervisor = lock(&self.hypervisor);
+        // What ran before leaves timers and interrupts behind, and its CPU's features could not be changed any more.
+        if std::mem::replace(&mut hypervisor.used, true) {
+            self.vcpus.all().iter().for_each(|vcpu| vcpu.replace(None));
+            let (vm, fds) = build(&self.kvm, &self.memory, self.count)?;
+            hypervisor.vm = vm;
+            for (vcpu, fd) in self.vcpus.all().iter().zip(fds) {
+                vcpu.replace(Some(fd));
+            }
+        }
+        for (vcpu, state) in self.vcpus.all().iter().zip(&vcpus) {
+            x86::load_vcpu(vcpu.fd().as_ref().ok_or(KvmError::Empty)?, &self.host, state)?;
+        }
+        x86::load_vm(&hypervisor.vm, &state)?;
+        let cpuid = vcpus.into_iter().next().map(|vcpu| vcpu.cpuid).unwrap_or_default();
+        self.identify(Identity { program, fill: config.fill, seed: config.seed, cpuid });
+        Ok(())
+    }
+}
+
+fn open() -> Result<Kvm, KvmError> {
+    Kvm::new().map_err(|error| KvmError::NoKvm { source: error.into() })
+}
+
+fn create_vm(kvm_fd: &Kvm) -> Result<VmFd, KvmError> {
+    loop {
+        match kvm_fd.create_vm() {
+            // A signal may come in between.
+            Err(e) if e.errno() == libc::EINTR => {}
+            other => return other.map_err(kvm("create a VM")),
+        }
+    }
+}
+
+/// A VM over this memory with so many vCPUs, as they come out of reset.
+fn build(kvm_fd: &Kvm, memory: &Memory, vcpus: u32) -> Result<(VmFd, Vec<VcpuFd>), KvmError> {
+    let vm = create_vm(kvm_fd)?;
+    memory.attach(&vm)?;
+    x86::create_chips(&vm)?;
+    let fds = (0..u64::from(vcpus)).map(|number| vm.create_vcpu(number).map_err(kvm("create a vCPU")));
+    let fds = fds.collect::<Result<_, _>>()?;
+    Ok((vm, fds))
+}
+
+fn check_names(sections: &[StateSection], vcpus: u32) -> Result<(), StateError> {
+    for section in sections {
+        let known = match section.name.as_str() {
+            "config" | "pit" | "clock" => section.instance == 0,
+            "irqchip" => section.instance < x86::CHIPS.len() as u32,
+            "vcpu" => section.instance < vcpus,
+            _ => false,
+        };
+        if !known {
+            return Err(StateError::Unknown { name: section.name.clone(), instance: section.instance });
+        }
+    }
+    Ok(())
+}
+
+impl Machine for KvmMachine {
+    fn ram(&self) -> &Ram {
+        &self.memory.ram
+    }
+
+    fn dirty_tracker(&self) -> Result<Box<dyn DirtyTracker>, MachineError> {
+        let hypervisor = lock(&self.hypervisor);
+        // SAFETY: the descriptor is open as long as the lock is held.
+        let vm = unsafe { BorrowedFd::borrow_raw(hypervisor.vm.as_raw_fd()) };
+        // SAFETY: these are the slots that the VM was given over this memory, which lives as long as the machine.
+        Ok(Box::new(unsafe { KvmDirtyLog::new(vm, &self.memory.ram, &self.memory.slots, None) }?))
+    }
+
+    fn profile(&self) -> Vec<u8> {
+        let cpuid = self.identity().map(|identity| identity.cpuid).unwrap_or_default();
+        // Encoding into a growing vector does not fail.
+        let profile = Profile { memory_bytes: self.memory_bytes, vcpus: self.count, cpuid };
+        postcard::to_stdvec(&profile).unwrap_or_default()
+    }
+
+    fn accept_profile(&self, profile: &[u8]) -> Result<(), MachineError> {
+        let theirs: Profile = decode(profile, "profile", 0).map_err(KvmError::from)?;
+        same("bytes of memory", theirs.memory_bytes, self.memory_bytes)?;
+        same("vCPUs", u64::from(theirs.vcpus), u64::from(self.count))?;
+        match features::missing(&theirs.cpuid, &self.host.cpuid) {
+            Some(missing) => Err(KvmError::Features { missing }.into()),
+            None => Ok(()),
+        }
+    }
+
+    fn pause(&self) -> Result<(), MachineError> {
+        let _control = lock(&self.control);
+        self.vcpus.pause();
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), MachineError> {
+        let _control = lock(&self.control);
+        self.identity()?;
+        self.check_vcpus()?;
+        lock(&self.hypervisor).used = true;
+        self.vcpus.resume();
+        Ok(())
+    }
+
+    fn save(&self) -> Result<Vec<StateSection>, MachineError> {
+        let Identity { program, fill, seed, .. } = self.identity()?;
+        self.check_vcpus()?;
+        let (memory_bytes, vcpus) = (self.memory_bytes, self.count);
+        let config = Config { memory_bytes, vcpus, payload: program.payload, fill, seed };
+        let mut sections = vec![section("config", 0, &config)?];
+        for (number, vcpu) in self.vcpus.all().iter().enumerate() {
+            let state = x86::save_vcpu(vcpu.fd().as_ref().ok_or(KvmError::Empty)?, &self.host)?;
+            sections.push(section("vcpu", number as u32, &state)?);
+        }
+        let VmState { chips, pit, clock } = x86::save_vm(&lock(&self.hypervisor).vm)?;
+        for (number, chip) in chips.iter().enumerate() {
+            sections.push(section("irqchip", number as u32, chip)?);
+        }
+        sections.push(section("pit", 0, &pit)?);
+        sections.push(section("clock", 0, &clock)?);
+        Ok(sections)
+    }
+
+    fn load(&self, sections: Vec<StateSection>) -> Result<(), MachineError> {
+        let _control = lock(&self.control);
+        self.vcpus.pause();
+        // Until all of it is there the machine is nobody's: what fails half-way must not run.
+        *self.identity.write().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(self.take_over(&sections)?)
+    }
+}

@@ -1,0 +1,241 @@
+//! A thread for each vCPU, in KVM_RUN while the machine runs.
+//!
+//! Stopping: the gate is closed, and a signal makes every vCPU leave KVM_RUN. The signal's handler sets `immediate_exit` of
+//! its own thread's vCPU, so that a signal that comes just before KVM_RUN is not lost. What must stay true: a thread looks at
+//! the gate between clearing `immediate_exit` and KVM_RUN, and the gate is closed before the signal is sent.
+
+use std::cell::Cell;
+use std::io;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::x86::PACE_PORT;
+use crate::gate::{Gate, Passage};
+
+/// A vCPU goes ahead of its pace by up to this much before it sleeps,
+const BATCH: Duration = Duration::from_millis(1);
+/// and catches up on no more than this much.
+const BACKLOG: Duration = Duration::from_millis(20);
+
+/// A vCPU, shared by its thread and by who reads and writes its state while it is stopped.
+#[derive(Debug)]
+pub(super) struct Vcpu {
+    /// `None` only while the machine is being made anew.
+    fd: Mutex<Option<VcpuFd>>,
+    /// Why it cannot run any more.
+    stopped: Mutex<Option<String>>,
+    /// Time between two steps.
+    pace: Mutex<Option<Duration>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Vcpu {
+    /// The vCPU's descriptor. Waits for the vCPU to leave the gate.
+    pub(super) fn fd(&self) -> MutexGuard<'_, Option<VcpuFd>> {
+        lock(&self.fd)
+    }
+
+    /// Why it cannot run any more, if that is so.
+    pub(super) fn stopped(&self) -> Option<String> {
+        lock(&self.stopped).clone()
+    }
+
+    /// Takes another descriptor for this vCPU.
+    pub(super) fn replace(&self, fd: Option<VcpuFd>) {
+        *self.fd() = fd;
+        *lock(&self.stopped) = None;
+    }
+
+    pub(super) fn set_pace(&self, pace: Option<Duration>) {
+        *lock(&self.pace) = pace;
+    }
+
+    /// Runs the guest until the gate is closed.
+    fn run(&self, gate: &Gate) {
+        let mut fd = self.fd();
+        let ended = match &mut *fd {
+            Some(fd) => {
+                let _kick = Kick::prepare(fd);
+                self.run_guest(fd, gate)
+            }
+            None => Err("it has not been made".to_owned()),
+        };
+        drop(fd);
+        if let Err(why) = ended {
+            *lock(&self.stopped) = Some(why);
+            while gate.is_open() {
+                gate.sleep(Instant::now() + Duration::from_secs(3600));
+            }
+        }
+    }
+
+    fn run_guest(&self, fd: &mut VcpuFd, gate: &Gate) -> Result<(), String> {
+        let mut pacer = Pacer { due: Instant::now(), pace: *lock(&self.pace) };
+        let mut unfinished = false;
+        loop {
+            fd.set_kvm_immediate_exit(0);
+            if !gate.is_open() {
+                break;
+            }
+            let exit = fd.run();
+            unfinished = exit.is_ok();
+            match exit {
+                Ok(VcpuExit::IoOut(port, _)) if port == u16::from(PACE_PORT) => pacer.wait(gate),
+                Ok(VcpuExit::Intr) => {}
+                Ok(VcpuExit::FailEntry(reason, _)) => {
+                    return Err(format!("KVM could not enter the guest: {reason:#x}"));
+                }
+                Ok(VcpuExit::InternalError) => return Err(internal_error(fd)),
+                Ok(exit) => return Err(format!("the guest did what this machine does not know: {exit:?}")),
+                Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {}
+                Err(e) => return Err(format!("KVM_RUN failed: {}", io::Error::from(e))),
+            }
+        }
+        if unfinished {
+            // An instruction that came out for the VMM is only finished by the next KVM_RUN, which must not go on to others.
+            fd.set_kvm_immediate_exit(1);
+            let finished = fd.run();
+            if !matches!(&finished, Err(e) if e.errno() == libc::EINTR) {
+                return Err(format!("an instruction could not be finished: {finished:?}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn internal_error(fd: &mut VcpuFd) -> String {
+    let rip = fd.get_regs().map_or(0, |regs| regs.rip);
+    // SAFETY: the exit reason, which the caller has looked at, says which part of the union KVM has filled.
+    let suberror = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
+    format!("KVM could not go on at {rip:#x} (internal error {suberror})")
+}
+
+/// Keeps a vCPU's steps to a pace.
+struct Pacer {
+    due: Instant,
+    pace: Option<Duration>,
+}
+
+impl Pacer {
+    fn wait(&mut self, gate: &Gate) {
+        let Some(pace) = self.pace else { return };
+        self.due += pace;
+        let now = Instant::now();
+        if self.due > now + BATCH {
+            gate.sleep(self.due);
+        } else if let Some(earliest) = now.checked_sub(BACKLOG) {
+            self.due = self.due.max(earliest);
+        }
+    }
+}
+
+thread_local! {
+    /// Where the signal's handler finds `immediate_exit` of the vCPU that this thread runs.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+/// While it lives a signal makes this thread's vCPU leave KVM_RUN.
+struct Kick;
+
+impl Kick {
+    fn prepare(fd: &mut VcpuFd) -> Self {
+        IMMEDIATE_EXIT.set(&raw mut fd.get_kvm_run().immediate_exit);
+        Self
+    }
+}
+
+impl Drop for Kick {
+    fn drop(&mut self) {
+        IMMEDIATE_EXIT.set(std::ptr::null_mut());
+    }
+}
+
+fn signal() -> libc::c_int {
+    libc::SIGRTMIN().saturating_add(3)
+}
+
+extern "C" fn on_kick(_: libc::c_int) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: set by this thread to a byte of the vCPU's page that it holds, and set back before it lets go of it.
+        unsafe { flag.write_volatile(1) };
+    }
+}
+
+/// Has the process take the signal. Doing it again changes nothing.
+fn install_handler() -> io::Result<()> {
+    // SAFETY: all zeros are a valid `sigaction`, without flags: system calls are to be interrupted.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = on_kick as *const () as libc::sighandler_t;
+    // SAFETY: the handler touches nothing but a thread-local cell and what that points to.
+    match unsafe { libc::sigaction(signal(), &action, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// All vCPUs of a machine and their threads, which end when this is dropped.
+#[derive(Debug)]
+pub(super) struct Vcpus {
+    vcpus: Vec<Arc<Vcpu>>,
+    threads: Vec<JoinHandle<()>>,
+    gate: Arc<Gate>,
+}
+
+impl Vcpus {
+    /// Starts the threads; they wait at a gate.
+    pub(super) fn start(count: u32) -> io::Result<Self> {
+        install_handler()?;
+        let mut all = Self { vcpus: Vec::new(), threads: Vec::new(), gate: Arc::default() };
+        for index in 0..count {
+            let vcpu = Arc::new(Vcpu { fd: Mutex::default(), stopped: Mutex::default(), pace: Mutex::default() });
+            all.vcpus.push(vcpu.clone());
+            let gate = all.gate.clone();
+            all.threads.push(std::thread::Builder::new().name(format!("kvm vcpu {index}")).spawn(move || {
+                while gate.enter() == Passage::Run {
+                    vcpu.run(&gate);
+                    gate.leave();
+                }
+            })?);
+        }
+        Ok(all)
+    }
+
+    pub(super) fn all(&self) -> &[Arc<Vcpu>] {
+        &self.vcpus
+    }
+
+    /// Lets all run.
+    pub(super) fn resume(&self) {
+        self.gate.open();
+    }
+
+    /// Stops all and waits until they have; tells whether they ran.
+    pub(super) fn pause(&self) -> bool {
+        self.gate.close_with(|| self.kick())
+    }
+
+    fn kick(&self) {
+        for thread in &self.threads {
+            // SAFETY: a thread that has not been joined can be sent a signal. One that has ended does not mind.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), signal()) };
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.gate.end();
+        self.kick();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}

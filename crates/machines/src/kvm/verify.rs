@@ -1,0 +1,176 @@
+//! Proving that RAM is what the vCPUs' registers say: no write lost, none from the future, no byte changed.
+
+use std::fmt;
+
+use dunlin::memory::RamBlock;
+use serde::Serialize;
+
+use super::memory::Memory;
+use super::x86::{LOW_BYTES, Program, STORES, counted, visit};
+use super::{Identity, KvmError};
+use crate::synthetic::content::Page;
+
+const PAGE: u64 = 4096;
+/// Faults that a report describes; all are counted.
+const DESCRIBED: usize = 10;
+
+/// What verification found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct KvmReport {
+    /// Pages compared.
+    pub pages_checked: u64,
+    /// Of these, pages that a vCPU had written.
+    pub pages_written: u64,
+    /// Steps done by all vCPUs together.
+    pub steps: u64,
+    /// Pages, registers and vCPUs that are wrong.
+    pub wrong: u64,
+    /// What is wrong with the first of them.
+    pub faults: Vec<String>,
+}
+
+impl KvmReport {
+    /// Whether everything is as it must be.
+    pub fn is_good(&self) -> bool {
+        self.wrong == 0
+    }
+
+    fn fault(&mut self, fault: impl FnOnce() -> String) {
+        self.wrong += 1;
+        if self.faults.len() < DESCRIBED {
+            self.faults.push(fault());
+        }
+    }
+}
+
+impl fmt::Display for KvmReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { pages_checked, pages_written, steps, wrong, faults } = self;
+        if self.is_good() {
+            return write!(
+                f,
+                "{pages_checked} pages are right ({pages_written} of them written, in {steps} steps), and the vCPUs' \
+                 registers"
+            );
+        }
+        write!(f, "{wrong} things are wrong, with {pages_checked} pages and after {steps} steps")?;
+        faults.iter().try_for_each(|fault| write!(f, "; {fault}"))
+    }
+}
+
+/// Verifies the RAM of a stopped machine whose vCPUs have done `steps`, or have registers that are wrong.
+pub(super) fn verify(
+    memory: &Memory,
+    identity: &Identity,
+    found: Vec<Result<u64, String>>,
+) -> Result<KvmReport, KvmError> {
+    let mut report = KvmReport::default();
+    let mut steps = Vec::new();
+    for found in found {
+        steps.push(*found.as_ref().unwrap_or(&0));
+        if let Err(fault) = found {
+            report.fault(|| fault);
+        }
+    }
+    report.steps = steps.iter().sum();
+    for (block, ram_block) in memory.ram.blocks().iter().enumerate() {
+        let address = memory.address(block);
+        let first = if address == 0 {
+            low(ram_block, memory.end(), identity, &steps, &mut report)?;
+            LOW_BYTES / PAGE
+        } else {
+            0
+        };
+        for page in first..ram_block.size_bytes() / PAGE {
+            check_page(ram_block, address, page, identity, &steps, &mut report)?;
+        }
+    }
+    Ok(report)
+}
+
+/// The memory below 1 MiB: as at the start, and the counters.
+fn low(
+    block: &RamBlock,
+    memory_end: u64,
+    identity: &Identity,
+    steps: &[u64],
+    report: &mut KvmReport,
+) -> Result<(), KvmError> {
+    let mut expected = identity.program.low_memory(memory_end);
+    for (vcpu, steps) in steps.iter().enumerate() {
+        let counted = counted(block, vcpu)?;
+        report.pages_written += 1;
+        // A step counts in the register first.
+        if counted != *steps && counted.saturating_add(1) != *steps {
+            report.fault(|| format!("vCPU {vcpu} has counted to {counted} in memory and done {steps} steps"));
+        }
+        let at = Program::counter(vcpu) as usize;
+        if let Some(to) = expected.get_mut(at..at.saturating_add(8)) {
+            to.copy_from_slice(&counted.to_le_bytes());
+        }
+    }
+    let mut found = vec![0; LOW_BYTES as usize];
+    block.read(0, &mut found)?;
+    for (number, (found, expected)) in found.chunks(4096).zip(expected.chunks(4096)).enumerate() {
+        report.pages_checked += 1;
+        if found != expected {
+            report.fault(|| describe(number as u64 * PAGE, found, expected));
+        }
+    }
+    Ok(())
+}
+
+fn check_page(
+    block: &RamBlock,
+    address: u64,
+    page: u64,
+    identity: &Identity,
+    steps: &[u64],
+    report: &mut KvmReport,
+) -> Result<(), KvmError> {
+    let offset = page * PAGE;
+    let guest_address = address + offset;
+    let (mut found, mut expected): (Page, Page) = ([0; 4096], [0; 4096]);
+    block.read(offset, &mut found)?;
+    identity.fill.page(identity.seed, guest_address / PAGE, &mut expected);
+    report.pages_checked += 1;
+    let Some((vcpu, place)) = identity.program.visitor(guest_address) else {
+        if found != expected {
+            report.fault(|| describe(guest_address, &found, &expected));
+        }
+        return Ok(());
+    };
+    let pages = identity.program.slices.get(vcpu).map_or(1, |slice| slice.pages.max(1));
+    let steps = steps.get(vcpu).copied().unwrap_or(0);
+    let (rounds, next) = (steps / pages, steps % pages);
+    let visits = rounds + u64::from(place < next);
+    if visits > 0 {
+        visit(&mut expected, guest_address, visits, STORES);
+        report.pages_written += 1;
+    }
+    let mut good = found == expected;
+    if !good && place == next {
+        // The vCPU stands between the stores of its next visit.
+        let mut underway = expected;
+        good = (1..=STORES).any(|stores| {
+            visit(&mut underway, guest_address, visits + 1, stores);
+            found == underway
+        });
+    }
+    if !good {
+        report.fault(|| {
+            let text = describe(guest_address, &found, &expected);
+            format!("{text} (page {place} of vCPU {vcpu}, visit {visits})")
+        });
+    }
+    Ok(())
+}
+
+fn describe(address: u64, found: &[u8], expected: &[u8]) -> String {
+    let byte = found.iter().zip(expected).position(|(found, expected)| found != expected).unwrap_or(0);
+    let word = |bytes: &[u8]| {
+        let at = byte & !7;
+        bytes.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_le_bytes)
+    };
+    format!("at {:#x}: {:#x} instead of {:#x}", address + (byte as u64 & !7), word(found), word(expected))
+}

@@ -1,0 +1,80 @@
+//! A vCPU's first state: 64-bit mode, at the built-in guest's code.
+
+use kvm_bindings::{kvm_regs, kvm_segment};
+use kvm_ioctls::VcpuFd;
+
+use super::program::{CODE, GDT, PAGE_TABLES, Program};
+use crate::kvm::{KvmError, kvm};
+
+/// None, code and data.
+pub(super) const GDT_ENTRIES: [u64; 3] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+
+/// Protected mode, extension type, numeric errors, paging.
+const CR0: u64 = 1 | 1 << 4 | 1 << 5 | 1 << 31;
+/// Physical address extension, and SSE.
+const CR4: u64 = 1 << 5 | 1 << 9 | 1 << 10;
+/// Long mode, enabled and active.
+const EFER: u64 = 1 << 8 | 1 << 10;
+
+fn segment(selector: u16, kind: u8, long: u8) -> kvm_segment {
+    kvm_segment {
+        limit: u32::MAX,
+        selector,
+        type_: kind,
+        present: 1,
+        db: 1 - long,
+        s: 1,
+        l: long,
+        g: 1,
+        ..kvm_segment::default()
+    }
+}
+
+/// Sets a new vCPU's registers.
+pub(in crate::kvm) fn boot(fd: &VcpuFd, vcpu: usize, program: &Program) -> Result<(), KvmError> {
+    let mut sregs = fd.get_sregs().map_err(kvm("get a vCPU's system registers"))?;
+    sregs.cs = segment(8, 0xb, 1);
+    let data = segment(16, 3, 0);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.gdt.base = GDT;
+    sregs.gdt.limit = (size_of_val(&GDT_ENTRIES) - 1) as u16;
+    sregs.idt.base = 0;
+    sregs.idt.limit = 0;
+    (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, PAGE_TABLES, CR4, EFER);
+    fd.set_sregs(&sregs).map_err(kvm("set a vCPU's system registers"))?;
+    let slice = program.slices.get(vcpu);
+    let regs = kvm_regs {
+        rip: CODE,
+        rflags: 2,
+        rbx: slice.map_or(0, |slice| slice.start),
+        rdi: slice.map_or(0, |slice| slice.start),
+        rsi: slice.map_or(0, |slice| slice.end()),
+        r10: slice.map_or(0, |slice| slice.stride),
+        rcx: 1,
+        r8: Program::counter(vcpu),
+        ..kvm_regs::default()
+    };
+    fd.set_regs(&regs).map_err(kvm("set a vCPU's registers"))?;
+    // The others would wait for the first to start them.
+    let runnable = kvm_bindings::kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE };
+    fd.set_mp_state(runnable).map_err(kvm("make a vCPU runnable"))
+}
+
+/// Steps that a stopped vCPU has done, if its registers are what they must be after so many.
+pub(in crate::kvm) fn steps(fd: &VcpuFd, vcpu: usize, program: &Program) -> Result<Result<u64, String>, KvmError> {
+    let regs = fd.get_regs().map_err(kvm("get a vCPU's registers"))?;
+    let steps = regs.r9;
+    let Some(slice) = program.slices.get(vcpu) else { return Ok(Ok(steps)) };
+    let fixed =
+        (regs.rdi, regs.rsi, regs.r8, regs.r10) == (slice.start, slice.end(), Program::counter(vcpu), slice.stride);
+    let visited = regs.rbx.wrapping_sub(slice.start) / slice.stride;
+    let position = regs.rcx.wrapping_sub(1).wrapping_mul(slice.pages).wrapping_add(visited);
+    // Behind by one between counting and going on, and by a whole round before the next begins.
+    let behind = steps.wrapping_sub(position);
+    let placed = behind <= 1 || (behind == slice.pages && visited == 0);
+    Ok(if fixed && placed && regs.rbx <= slice.end() {
+        Ok(steps)
+    } else {
+        Err(format!("the registers of vCPU {vcpu} are not what they must be after {steps} steps: {regs:x?}"))
+    })
+}

@@ -1,0 +1,28 @@
+//! What of the microVM is x86-64: its first state, its whole state, its CPU's features, and its built-in guests' code.
+
+mod assembler;
+mod boot;
+mod program;
+mod state;
+
+pub(super) mod features;
+
+pub(super) use boot::{boot, steps};
+pub(super) use program::{LOW_BYTES, PACE_PORT, Program, STORES, counted, visit};
+pub(super) use state::{CHIPS, Host, VcpuState, VmState, load_vcpu, load_vm, save_vcpu, save_vm, set_cpuid};
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::VmFd;
+
+use super::{KvmError, kvm};
+
+/// Three pages that KVM needs on some processors, in the hole below 4 GiB.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// What a VM has before its vCPUs.
+pub(super) fn create_chips(vm: &VmFd) -> Result<(), KvmError> {
+    vm.set_tss_address(TSS_ADDRESS).map_err(kvm("set the TSS address"))?;
+    vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+    vm.create_pit2(pit).map_err(kvm("create the interval timer"))
+}

@@ -1,0 +1,238 @@
+//! Machines on KVM: the guests run, the dirty log is right, and guests move and go on. Skipped where there is no KVM.
+#![cfg(target_arch = "x86_64")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::{MIB, parameters, runs, until};
+use dunlin::memory::DirtyBitmap;
+use dunlin::{Destination, Guest, Machine, Source, Status};
+use dunlin_machines::{Backing, KvmConfig, KvmMachine};
+
+const MEMORY: u64 = 32 * MIB;
+
+/// A machine and its guest.
+struct Side {
+    machine: Arc<KvmMachine>,
+    guest: Arc<Guest>,
+}
+
+/// Whether there is KVM; says so if not.
+fn kvm() -> bool {
+    match KvmMachine::available() {
+        Ok(()) => true,
+        Err(error) => {
+            println!("skipped: {error}");
+            false
+        }
+    }
+}
+
+fn machine(vcpus: u32, payload: &str) -> Arc<KvmMachine> {
+    let config = KvmConfig {
+        memory_bytes: MEMORY,
+        vcpus,
+        payload: payload.parse().unwrap(),
+        fill: "zero:30,random:40,text:30".parse().unwrap(),
+        backing: Backing::Base,
+        seed: 7,
+    };
+    KvmMachine::new(&config).unwrap()
+}
+
+fn source(vcpus: u32, payload: &str) -> Side {
+    let machine = machine(vcpus, payload);
+    let guest = Guest::new(machine.clone());
+    guest.cont().unwrap();
+    Side { machine, guest }
+}
+
+fn empty(vcpus: u32) -> Side {
+    let machine = KvmMachine::empty(MEMORY, vcpus, Backing::Base).unwrap();
+    let guest = Guest::awaited(machine.clone());
+    Side { machine, guest }
+}
+
+impl Side {
+    fn assert_good(&self, what: &str) -> u64 {
+        let report = self.machine.verify().unwrap();
+        assert!(report.is_good(), "{what}: {report}");
+        report.steps
+    }
+
+    /// Every vCPU has done something since it had counted so far.
+    fn assert_goes_on(&self, before: &[u64]) {
+        until("every vCPU goes on", || {
+            self.machine.counted().unwrap().iter().zip(before).all(|(now, before)| now > before)
+        });
+    }
+}
+
+fn move_guest(from: &Side, to: &Side, set: &[(&str, &str)]) -> dunlin::Report {
+    let parameters = parameters(set);
+    let destination = Destination::listen(&to.guest, &"tcp:127.0.0.1:0".parse().unwrap(), &parameters).unwrap();
+    let source = Source::start(&from.guest, destination.local_uri(), &parameters).unwrap();
+    let report = source.wait();
+    assert_eq!(report.status, Status::Completed, "source: {:?}, destination: {:?}", report.error, destination.report());
+    assert_eq!(destination.wait().status, Status::Completed);
+    assert!(!from.guest.is_running() && to.guest.is_running());
+    report
+}
+
+#[test]
+fn payloads_run_and_pause() {
+    if !kvm() {
+        return;
+    }
+    for payload in
+        ["counter", "dirty:working-set=4M", "dirty:working-set=4M,stride=12K", "dirty:working-set=2M,rate=8M/s"]
+    {
+        for vcpus in [1, 2, 4] {
+            let side = source(vcpus, payload);
+            side.assert_goes_on(&vec![0; vcpus as usize]);
+            let mut longest = Duration::ZERO;
+            for _ in 0..20 {
+                std::thread::sleep(Duration::from_millis(2));
+                let began = Instant::now();
+                side.guest.stop().unwrap();
+                longest = longest.max(began.elapsed());
+                let counted = side.machine.counted().unwrap();
+                std::thread::sleep(Duration::from_micros(200));
+                assert_eq!(counted, side.machine.counted().unwrap(), "nobody runs when pause has returned");
+                side.guest.cont().unwrap();
+            }
+            let steps = side.assert_good(payload);
+            println!("{payload}, {vcpus} vCPUs: {steps} steps, longest pause {longest:?}");
+        }
+    }
+}
+
+fn pages(bitmap: &DirtyBitmap) -> BTreeSet<usize> {
+    let mut pages = BTreeSet::new();
+    bitmap.drain(|run| pages.extend(run));
+    pages
+}
+
+/// The log says the pages that the guest has written, and no others.
+#[test]
+fn the_dirty_log_is_exact() {
+    if !kvm() {
+        return;
+    }
+    // A slow guest that visits every third page of 2 MiB from the first MiB on, and counts in page 0xa0.
+    let side = source(1, "dirty:working-set=2M,stride=12K,rate=2M/s");
+    let tracker = side.machine.dirty_tracker().unwrap();
+    tracker.start().unwrap();
+    let dirty = DirtyBitmap::new(MEMORY);
+    tracker.rearm(0, 0..MEMORY, &dirty).unwrap();
+    assert_eq!(pages(&dirty).len() as u64, MEMORY / 4096);
+    let places = 512 / 3;
+    let visited = |from: u64, to: u64| (from..to).map(|step| 256 + 3 * (step % places) as usize);
+    let mut before = side.machine.counted().unwrap()[0];
+    let mut total = 0;
+    for turn in 0..10 {
+        std::thread::sleep(Duration::from_millis(20));
+        // A step that is counted while this looks may be in this look or the next.
+        tracker.rearm(0, 0..MEMORY, &dirty).unwrap();
+        let found = pages(&dirty);
+        let now = side.machine.counted().unwrap()[0];
+        let allowed: BTreeSet<usize> = visited(before.saturating_sub(1), now + 2).chain([0xa0]).collect();
+        assert!(found.is_subset(&allowed), "turn {turn}: {:?}", found.difference(&allowed).collect::<Vec<_>>());
+        total += found.len();
+        before = now;
+    }
+    assert!(total > 20, "{total}");
+    // Stopped, it is exact.
+    side.guest.stop().unwrap();
+    tracker.rearm(0, 0..MEMORY, &dirty).unwrap();
+    pages(&dirty);
+    let before = side.machine.counted().unwrap()[0];
+    side.guest.cont().unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    side.guest.stop().unwrap();
+    let now = side.machine.counted().unwrap()[0];
+    assert!(now > before + 1);
+    for _ in 0..2 {
+        tracker.sync(0, &dirty).unwrap();
+        let found = pages(&dirty);
+        let must: BTreeSet<usize> = visited(before + 1, now).chain([0xa0]).collect();
+        let may: BTreeSet<usize> = visited(before, now + 1).chain([0xa0]).collect();
+        assert!(must.is_subset(&found) && found.is_subset(&may), "{found:?} between {must:?} and {may:?}");
+    }
+    tracker.stop();
+}
+
+#[test]
+fn moves_a_guest_that_is_dirtying_memory() {
+    if !kvm() {
+        return;
+    }
+    let (from, to) = (source(2, "dirty:working-set=4M"), empty(2));
+    from.assert_goes_on(&[1, 1]);
+    let report = move_guest(&from, &to, &[]);
+    let before = to.machine.counted().unwrap();
+    let steps = to.assert_good("after the move");
+    to.assert_goes_on(&before);
+    assert!(to.assert_good("later") > steps);
+    println!("{steps} steps, {} rounds, downtime {:.1} ms", report.rounds.len(), report.downtime_seconds * 1e3);
+}
+
+#[test]
+fn moves_with_everything_on() {
+    if !kvm() {
+        return;
+    }
+    let (from, to) = (source(2, "dirty:working-set=4M,rate=40M/s"), empty(2));
+    from.assert_goes_on(&[1, 1]);
+    move_guest(&from, &to, &[("xbzrle", "on"), ("multifd-compression", "zstd"), ("multifd-channels", "4")]);
+    to.assert_good("after the move");
+}
+
+/// A → B → A → B …, each time into a machine that has run before.
+#[test]
+fn round_trips() {
+    if !kvm() {
+        return;
+    }
+    for payload in ["dirty:working-set=2M", "counter"] {
+        let (a, b) = (source(2, payload), empty(2));
+        let mut steps = a.assert_good("before");
+        let turns = 2 * runs(3);
+        for turn in 0..turns {
+            let (from, to) = if turn % 2 == 0 { (&a, &b) } else { (&b, &a) };
+            move_guest(from, to, &[]);
+            let counted = to.machine.counted().unwrap();
+            to.assert_goes_on(&counted);
+            let now = to.assert_good(&format!("{payload}, turn {turn}"));
+            assert!(now > steps);
+            steps = now;
+        }
+        println!("{payload}: {turns} moves, {steps} steps");
+    }
+}
+
+#[test]
+fn refuses_what_does_not_fit() {
+    if !kvm() {
+        return;
+    }
+    let from = machine(2, "counter");
+    let error = empty(1).machine.accept_profile(&from.profile()).unwrap_err().to_string();
+    assert!(error.contains("the source has 2 vCPUs, this machine has 1"), "{error}");
+    let to = empty(2);
+    assert!(to.machine.accept_profile(&from.profile()).is_ok());
+    assert!(to.machine.resume().is_err(), "empty");
+    let sections = from.save().unwrap();
+    let mut damaged = sections.clone();
+    damaged.retain(|section| section.name != "clock");
+    let error = to.machine.load(damaged).unwrap_err().to_string();
+    assert!(error.contains("\"clock\" (0) is there 0 times"), "{error}");
+    assert!(to.machine.resume().is_err(), "still empty");
+    to.machine.load(sections).unwrap();
+    let bytes: usize = from.save().unwrap().iter().map(|section| section.data.len()).sum();
+    println!("device state of 2 vCPUs: {bytes} bytes");
+}
