@@ -60,8 +60,8 @@ struct Identity {
     program: Program,
     fill: Fill,
     seed: u64,
-    /// The CPU's features that the guest was given.
-    cpuid: Vec<Leaf>,
+    /// The CPU's features that each vCPU was given.
+    cpuid: Vec<Vec<Leaf>>,
 }
 
 /// A virtual machine of KVM.
@@ -132,13 +132,14 @@ impl KvmMachine {
             fill_pages(block, address / 4096, &config.fill, config.seed, first..pages)?;
         }
         machine.block()?.write(0, &program.low_memory(machine.memory.end()))?;
-        for (number, vcpu) in machine.vcpus.all().iter().enumerate() {
-            if let Some(fd) = &*vcpu.fd() {
-                x86::set_cpuid(fd, &features::of_vcpu(&machine.host.cpuid, number as u32, config.vcpus))?;
-                x86::boot(fd, number, &program)?;
-            }
+        let cpuid: Vec<_> =
+            (0..config.vcpus).map(|vcpu| features::of_vcpu(&machine.host.cpuid, vcpu, config.vcpus)).collect();
+        for ((number, vcpu), leaves) in machine.vcpus.all().iter().enumerate().zip(&cpuid) {
+            let fd = vcpu.fd();
+            let fd = fd.as_ref().ok_or(KvmError::Empty)?;
+            x86::set_cpuid(fd, leaves)?;
+            x86::boot(fd, number, &program)?;
         }
-        let cpuid = features::of_vcpu(&machine.host.cpuid, 0, config.vcpus);
         machine.identify(Identity { program, fill: config.fill.clone(), seed: config.seed, cpuid });
         Ok(machine)
     }
@@ -278,7 +279,7 @@ impl KvmMachine {
             x86::load_vcpu(vcpu.fd().as_ref().ok_or(KvmError::Empty)?, &self.host, state)?;
         }
         x86::load_vm(&hypervisor.vm, &state)?;
-        let cpuid = vcpus.into_iter().next().map(|vcpu| vcpu.cpuid).unwrap_or_default();
+        let cpuid = vcpus.into_iter().map(|vcpu| vcpu.cpuid).collect();
         self.identify(Identity { program, fill: config.fill, seed: config.seed, cpuid });
         Ok(())
     }
@@ -337,7 +338,7 @@ impl Machine for KvmMachine {
     }
 
     fn profile(&self) -> Vec<u8> {
-        let cpuid = self.identity().map(|identity| identity.cpuid).unwrap_or_default();
+        let cpuid = self.identity().ok().and_then(|identity| identity.cpuid.into_iter().next()).unwrap_or_default();
         // Encoding into a growing vector does not fail.
         let profile = Profile { memory_bytes: self.memory_bytes, vcpus: self.count, cpuid };
         postcard::to_stdvec(&profile).unwrap_or_default()
@@ -369,13 +370,13 @@ impl Machine for KvmMachine {
     }
 
     fn save(&self) -> Result<Vec<StateSection>, MachineError> {
-        let Identity { program, fill, seed, .. } = self.identity()?;
+        let Identity { program, fill, seed, cpuid } = self.identity()?;
         self.check_vcpus()?;
         let (memory_bytes, vcpus) = (self.memory_bytes, self.count);
         let config = Config { memory_bytes, vcpus, payload: program.payload, fill, seed };
         let mut sections = vec![section("config", 0, &config)?];
-        for (number, vcpu) in self.vcpus.all().iter().enumerate() {
-            let state = x86::save_vcpu(vcpu.fd().as_ref().ok_or(KvmError::Empty)?, &self.host)?;
+        for ((number, vcpu), given) in self.vcpus.all().iter().enumerate().zip(&cpuid) {
+            let state = x86::save_vcpu(vcpu.fd().as_ref().ok_or(KvmError::Empty)?, &self.host, given)?;
             sections.push(section("vcpu", number as u32, &state)?);
         }
         let VmState { chips, pit, clock } = x86::save_vm(&lock(&self.hypervisor).vm)?;

@@ -109,8 +109,8 @@ pub(in crate::kvm) fn set_cpuid(fd: &VcpuFd, leaves: &[Leaf]) -> Result<(), KvmE
     fd.set_cpuid2(&cpuid).map_err(kvm("give a vCPU its features"))
 }
 
-/// Reads a vCPU that has left KVM_RUN.
-pub(in crate::kvm) fn save_vcpu(fd: &VcpuFd, host: &Host) -> Result<VcpuState, KvmError> {
+/// Reads a vCPU that has left KVM_RUN, but for the features that it was given: some hosts' KVM answers with more.
+pub(in crate::kvm) fn save_vcpu(fd: &VcpuFd, host: &Host, given: &[Leaf]) -> Result<VcpuState, KvmError> {
     let mp_state = fd.get_mp_state().map_err(kvm("get a vCPU's run state"))?;
     let regs = fd.get_regs().map_err(kvm("get a vCPU's registers"))?;
     let sregs = fd.get_sregs().map_err(kvm("get a vCPU's system registers"))?;
@@ -124,9 +124,8 @@ pub(in crate::kvm) fn save_vcpu(fd: &VcpuFd, host: &Host) -> Result<VcpuState, K
     }
     let msrs = batch.as_slice().iter().map(|entry| (entry.index, entry.data)).collect();
     let tsc_khz = fd.get_tsc_khz().ok();
-    let cpuid = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(kvm("get a vCPU's features"))?;
     let events = fd.get_vcpu_events().map_err(kvm("get a vCPU's events"))?;
-    let cpuid = features::leaves(&cpuid);
+    let cpuid = given.to_vec();
     Ok(VcpuState { cpuid, tsc_khz, mp_state, regs, sregs, xsave, xcrs, debugregs, lapic, msrs, events })
 }
 
