@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use dunlin::units::format_size;
-use dunlin::{Guest, GuestPlace, MachineError, Report, Side, Status, Uri};
+use dunlin::{Guest, GuestPlace, Machine, MachineError, Report, Side, Status, Uri};
 use dunlin_machines::{SyntheticConfig, SyntheticMachine};
 use dunlin_monitor::{Server, Verification, Vm};
 use rustix::process::{Pid, Signal};
+use serde::Serialize;
 
 use crate::Outcome;
 use crate::args::{Incoming, MachineKind, Run};
@@ -81,14 +82,13 @@ pub fn tie_to_parent(parent: u32) -> Result<()> {
 
 fn make(args: &Run) -> Result<Arc<Vm>> {
     let failed = || format!("could not make a machine of {}", size(args));
-    let (machine, guest) = if args.incoming.is_some() {
+    let machine = if args.incoming.is_some() {
         if args.workload.is_some() || args.fill.is_some() {
             terminal::note("--workload and --fill say nothing here: they come with the guest");
         }
-        let machine = SyntheticMachine::empty(args.memory, args.vcpus, args.hugepages).with_context(failed)?;
-        (Arc::clone(&machine), Guest::awaited(machine))
+        SyntheticMachine::empty(args.memory, args.vcpus, args.hugepages)
     } else {
-        let machine = SyntheticMachine::new(&SyntheticConfig {
+        SyntheticMachine::new(&SyntheticConfig {
             memory_bytes: args.memory,
             vcpus: args.vcpus,
             workload: args.workload().map_err(|error| anyhow!(error))?,
@@ -96,28 +96,24 @@ fn make(args: &Run) -> Result<Arc<Vm>> {
             seed: args.seed,
             backing: args.hugepages,
         })
-        .with_context(failed)?;
-        (Arc::clone(&machine), Guest::new(machine))
     };
-    let verify = move || -> Result<Verification, MachineError> {
+    Ok(controlled(args, machine.with_context(failed)?, |machine| {
         let report = machine.verify()?;
-        Ok(Verification { good: report.is_good(), summary: report.to_string(), report: serde_json::to_value(&report)? })
-    };
-    Ok(Vm::new(guest, Some(Box::new(verify))))
+        finding(report.is_good(), &report)
+    }))
 }
 
 #[cfg(target_arch = "x86_64")]
 fn make_kvm(args: &Run) -> Result<Arc<Vm>> {
     use dunlin_machines::{KvmConfig, KvmMachine};
     let failed = || format!("could not make a machine of {} on KVM", size(args));
-    let (machine, guest) = if args.incoming.is_some() {
+    let machine = if args.incoming.is_some() {
         if args.payload.is_some() || args.fill.is_some() {
             terminal::note("--payload and --fill say nothing here: they come with the guest");
         }
-        let machine = KvmMachine::empty(args.memory, args.vcpus, args.hugepages).with_context(failed)?;
-        (Arc::clone(&machine), Guest::awaited(machine))
+        KvmMachine::empty(args.memory, args.vcpus, args.hugepages)
     } else {
-        let machine = KvmMachine::new(&KvmConfig {
+        KvmMachine::new(&KvmConfig {
             memory_bytes: args.memory,
             vcpus: args.vcpus,
             payload: args.payload(),
@@ -125,14 +121,26 @@ fn make_kvm(args: &Run) -> Result<Arc<Vm>> {
             backing: args.hugepages,
             seed: args.seed,
         })
-        .with_context(failed)?;
-        (Arc::clone(&machine), Guest::new(machine))
     };
-    let verify = move || -> Result<Verification, MachineError> {
+    Ok(controlled(args, machine.with_context(failed)?, |machine| {
         let report = machine.verify()?;
-        Ok(Verification { good: report.is_good(), summary: report.to_string(), report: serde_json::to_value(&report)? })
-    };
-    Ok(Vm::new(guest, Some(Box::new(verify))))
+        finding(report.is_good(), &report)
+    }))
+}
+
+/// A machine under a monitor, with its guest here or on its way in.
+fn controlled<M: Machine + 'static>(
+    args: &Run,
+    machine: Arc<M>,
+    verify: impl Fn(&M) -> Result<Verification, MachineError> + Send + Sync + 'static,
+) -> Arc<Vm> {
+    let guest = Arc::clone(&machine);
+    let guest = if args.incoming.is_some() { Guest::awaited(guest) } else { Guest::new(guest) };
+    Vm::new(guest, Some(Box::new(move || verify(&machine))))
+}
+
+fn finding(good: bool, report: &(impl ToString + Serialize)) -> Result<Verification, MachineError> {
+    Ok(Verification { good, summary: report.to_string(), report: serde_json::to_value(report)? })
 }
 
 #[cfg(not(target_arch = "x86_64"))]
