@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use dunlin::memory::{DirtyTracker, Ram, RamBlock, WriteProtectTracker};
-use dunlin::{Destination, Guest, Machine, MachineError, Parameters, Source, StateSection, Status, Uri};
+use dunlin::{Destination, Guest, Machine, MachineError, Need, Parameters, Source, StateSection, Status, Uri};
 use vm_memory::MmapRegion;
 
 const MEMORY_BYTES: usize = 256 << 20;
@@ -101,7 +101,7 @@ impl Machine for Buffer {
 
     fn save(&self) -> Result<Vec<StateSection>, MachineError> {
         let data = self.count().to_le_bytes().to_vec();
-        Ok(vec![StateSection { name: "vcpu".into(), instance: 0, version: 1, data }])
+        Ok(vec![StateSection { name: "vcpu".into(), instance: 0, version: 1, need: Need::Required, data }])
     }
 
     fn load(&self, sections: Vec<StateSection>) -> Result<(), MachineError> {

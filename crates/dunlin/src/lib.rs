@@ -35,7 +35,7 @@ pub use channel::{Uri, UriError};
 pub use destination::Destination;
 pub use error::{Cause, GuestError, GuestPlace, MigrationError, Side};
 pub use guest::{Guest, Ownership};
-pub use machine::{Machine, MachineError, StateSection};
+pub use machine::{Machine, MachineError, Need, StateSection};
 pub use parameters::{PARAMETERS, Parameters};
 pub use report::{Report, Status};
 pub use source::Source;

@@ -53,12 +53,22 @@ pub trait Machine: Send + Sync {
     fn save(&self) -> Result<Vec<StateSection>, MachineError>;
 
     /// Takes over the state that [`save`](Self::save) gave on the other side. Must check all of it: what is
-    /// accepted here runs. Unknown sections are an error unless the machine knows that they may be skipped.
+    /// accepted here runs. Unknown sections are an error unless their [`Need`] is [`Need::Optional`]. That no byte of
+    /// a section was changed on the way has been checked.
     ///
     /// # Errors
     /// When it does not fit this machine; the guest then goes on at the source, and this machine must be ready to
     /// load another state.
     fn load(&self, sections: Vec<StateSection>) -> Result<(), MachineError>;
+}
+
+/// Whether a section of device state must be understood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// A machine that does not know it refuses the guest, by its name.
+    Required,
+    /// A machine that does not know it skips it: the guest is as well without.
+    Optional,
 }
 
 /// The state of one device or vCPU, in the machine's own encoding.
@@ -70,6 +80,8 @@ pub struct StateSection {
     pub instance: u32,
     /// Version of the encoding of `data`.
     pub version: u32,
+    /// Whether a machine that does not know it may go without.
+    pub need: Need,
     /// The state.
     pub data: Vec<u8>,
 }

@@ -1,6 +1,6 @@
 //! Device state as named, versioned sections, encoded with postcard: what the machines here share.
 
-use dunlin::StateSection;
+use dunlin::{Need, StateSection};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -10,8 +10,8 @@ const VERSION: u32 = 1;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StateError {
-    /// A section that this machine does not know.
-    #[error("section {name:?} ({instance}) is unknown here")]
+    /// A section that must be understood and is not known.
+    #[error("section {name:?} ({instance}) is unknown here, and the guest cannot do without")]
     Unknown {
         /// Its name.
         name: String,
@@ -62,6 +62,15 @@ fn damaged(name: &'static str, instance: u32) -> impl Fn(postcard::Error) -> Sta
     move |error| StateError::Damaged { name, instance, problem: error.to_string() }
 }
 
+/// Goes through the sections whose names are not `known`: those that are optional are skipped, the first of the others is
+/// an error.
+pub(crate) fn check_known(sections: &[StateSection], known: impl Fn(&StateSection) -> bool) -> Result<(), StateError> {
+    match sections.iter().find(|section| section.need == Need::Required && !known(section)) {
+        Some(section) => Err(StateError::Unknown { name: section.name.clone(), instance: section.instance }),
+        None => Ok(()),
+    }
+}
+
 /// Two machines must agree on a number.
 pub(crate) fn same(what: &'static str, theirs: u64, ours: u64) -> Result<(), StateError> {
     if theirs == ours { Ok(()) } else { Err(StateError::Different { what, theirs, ours }) }
@@ -78,10 +87,10 @@ pub(crate) fn decode<T: DeserializeOwned>(data: &[u8], name: &'static str, insta
     }
 }
 
-/// A section of the version that this machine writes.
+/// A required section of the version that this machine writes.
 pub(crate) fn section<T: Serialize>(name: &'static str, instance: u32, value: &T) -> Result<StateSection, StateError> {
     let data = postcard::to_stdvec(value).map_err(damaged(name, instance))?;
-    Ok(StateSection { name: name.to_owned(), instance, version: VERSION, data })
+    Ok(StateSection { name: name.to_owned(), instance, version: VERSION, need: Need::Required, data })
 }
 
 /// The one section of that name and instance. It must be as this machine would write it: a decoder may fill up what is too

@@ -4,17 +4,37 @@ use std::cmp::Ordering;
 
 use crate::error::Cause;
 use crate::machine::StateSection;
-use crate::wire::{MAX_DEVICE_STATE_BYTES, Section};
+use crate::wire::{MAX_DEVICE_STATE_BYTES, Section, data_checksum};
 
 /// As many empty sections as there can be messages would have no bound otherwise.
 const MAX_SECTIONS: usize = 65_536;
+
+/// A section of which more is to come.
+#[derive(Debug)]
+struct Begun {
+    section: StateSection,
+    checksum: u64,
+}
 
 /// What has come so far.
 #[derive(Debug, Default)]
 pub(super) struct DeviceState {
     whole: Vec<StateSection>,
-    incomplete: Option<StateSection>,
+    incomplete: Option<Begun>,
     bytes: u64,
+}
+
+impl Begun {
+    fn finish(self) -> Result<StateSection, Cause> {
+        let Self { section, checksum } = self;
+        if data_checksum(&section.data) == checksum {
+            return Ok(section);
+        }
+        let StateSection { name, instance, .. } = section;
+        let reason =
+            format!("the section {name:?} ({instance}) of device state has not the checksum that came with it");
+        Err(Cause::Incompatible { reason })
+    }
 }
 
 impl DeviceState {
@@ -33,18 +53,16 @@ impl DeviceState {
         if piece.total_bytes > MAX_DEVICE_STATE_BYTES || self.bytes > MAX_DEVICE_STATE_BYTES {
             return Err(too_large);
         }
-        let mut section = match self.incomplete.take() {
-            None => {
-                let Section { name, instance, version, .. } = piece;
-                StateSection { name, instance, version, data: Vec::new() }
-            }
-            Some(begun) if (&begun.name, begun.instance) == (&piece.name, piece.instance) => begun,
+        let Section { name, instance, version, need, checksum, total_bytes, piece } = piece;
+        let mut begun = match self.incomplete.take() {
+            None => Begun { section: StateSection { name, instance, version, need, data: Vec::new() }, checksum },
+            Some(begun) if (&begun.section.name, begun.section.instance) == (&name, instance) => begun,
             Some(_) => return Err(Cause::Unexpected { message: "Section", expected: "the rest of another section" }),
         };
-        section.data.extend_from_slice(&piece.piece);
-        match (section.data.len() as u64).cmp(&piece.total_bytes) {
-            Ordering::Less => self.incomplete = Some(section),
-            Ordering::Equal if self.whole.len() < MAX_SECTIONS => self.whole.push(section),
+        begun.section.data.extend_from_slice(&piece);
+        match (begun.section.data.len() as u64).cmp(&total_bytes) {
+            Ordering::Less => self.incomplete = Some(begun),
+            Ordering::Equal if self.whole.len() < MAX_SECTIONS => self.whole.push(begun.finish()?),
             Ordering::Equal | Ordering::Greater => return Err(too_large),
         }
         Ok(())
@@ -62,5 +80,29 @@ impl DeviceState {
         let arrived = sections.len();
         let reason = format!("the source sent {expected} sections of device state, {arrived} arrived");
         Err(Cause::Incompatible { reason })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::Need;
+
+    fn piece(piece: &[u8], checksum: u64) -> Section {
+        let (name, need) = ("vcpu".to_owned(), Need::Required);
+        Section { name, instance: 1, version: 2, need, checksum, total_bytes: 6, piece: piece.to_vec() }
+    }
+
+    #[test]
+    fn a_section_that_was_changed_is_found() {
+        let checksum = data_checksum(b"abcdef");
+        let mut good = DeviceState::default();
+        good.add(piece(b"abc", checksum)).unwrap();
+        good.add(piece(b"def", checksum)).unwrap();
+        assert_eq!(good.take(1).unwrap()[0].data, b"abcdef");
+        let mut bad = DeviceState::default();
+        bad.add(piece(b"abc", checksum)).unwrap();
+        let error = bad.add(piece(b"deg", checksum)).unwrap_err().to_string();
+        assert!(error.contains("\"vcpu\" (1)") && error.contains("checksum"), "{error}");
     }
 }

@@ -17,6 +17,7 @@ use crate::machine::StateSection;
 use crate::report::{DowntimeParts, Round, Status};
 use crate::wire::{
     Abort, AbortReason, Done, MAX_DEVICE_STATE_BYTES, MAX_NAME_BYTES, Message, Offer, Role, RoundDone, Section,
+    data_checksum,
 };
 
 /// Bytes of device state in one message.
@@ -184,6 +185,7 @@ impl Migration<'_> {
 
     fn send_section(&self, section: &StateSection) -> Result<(), Cause> {
         let mut pieces = section.data.chunks(PIECE_BYTES);
+        let checksum = data_checksum(&section.data);
         // A section without data is one empty piece.
         let mut next = Some(pieces.next().unwrap_or_default());
         while let Some(piece) = next {
@@ -191,6 +193,8 @@ impl Migration<'_> {
                 name: section.name.clone(),
                 instance: section.instance,
                 version: section.version,
+                need: section.need,
+                checksum,
                 total_bytes: section.data.len() as u64,
                 piece: piece.to_vec(),
             });

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::error::GuestPlace;
+use crate::machine::Need;
 use crate::page::PageKind;
 use crate::report::PageCounts;
 
@@ -61,6 +62,8 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
                 name: "vcpu".into(),
                 instance: 1,
                 version: 2,
+                need: Need::Optional,
+                checksum: 7,
                 total_bytes: 6,
                 piece: b"sta".to_vec(),
             }),

@@ -6,6 +6,7 @@ use super::WireError;
 use super::codec::{Reader, Writer};
 use super::frame::FrameType;
 use crate::error::GuestPlace;
+use crate::machine::Need;
 use crate::memory::Ram;
 use crate::page::PageKind;
 use crate::report::PageCounts;
@@ -73,6 +74,9 @@ pub(crate) struct Section {
     pub(crate) name: String,
     pub(crate) instance: u32,
     pub(crate) version: u32,
+    pub(crate) need: Need,
+    /// CRC-64/NVME of the whole section's data.
+    pub(crate) checksum: u64,
     /// Bytes of the whole section.
     pub(crate) total_bytes: u64,
     pub(crate) piece: Vec<u8>,
@@ -291,6 +295,8 @@ impl Message {
             Self::Section(section) => {
                 out.u32(section.instance);
                 out.u32(section.version);
+                out.u8(u8::from(section.need == Need::Optional));
+                out.u64(section.checksum);
                 out.u64(section.total_bytes);
                 out.name(&section.name);
                 out.0.extend(&section.piece);
@@ -345,6 +351,8 @@ impl Message {
             FrameType::Section => Self::Section(Section {
                 instance: input.u32()?,
                 version: input.u32()?,
+                need: if flag(input.u8()?)? { Need::Optional } else { Need::Required },
+                checksum: input.u64()?,
                 total_bytes: input.u64()?,
                 name: input.name()?,
                 piece: input.rest().to_vec(),

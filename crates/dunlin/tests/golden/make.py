@@ -88,7 +88,7 @@ CASES = {
     "round-done": frame(3, 2, struct.pack("<IQQQQQQQQQQQQ", *range(1, 14))),
     "mark": frame(4, 3, struct.pack("<I", 9)),
     "mark-ack": frame(5, 4, struct.pack("<IB", 9, 3)),
-    "section": frame(6, 5, struct.pack("<IIQ", 1, 2, 6) + name("vcpu") + b"sta"),
+    "section": frame(6, 5, struct.pack("<IIBQQ", 1, 2, 1, 7, 6) + name("vcpu") + b"sta"),
     "offer": frame(7, 6, struct.pack("<IIQQQQQB", 4, 3, 100, 200, 300, 400, 500, 1)),
     "ready": frame(8, 7),
     "release": frame(9, 8),

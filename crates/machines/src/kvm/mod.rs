@@ -28,7 +28,7 @@ use vcpu::Vcpus;
 use x86::features::{self, Leaf};
 use x86::{Host, Program, VcpuState, VmState};
 
-use crate::sections::{StateError, decode, find, same, section};
+use crate::sections::{StateError, check_known, decode, find, same, section};
 use crate::synthetic::fill::fill_pages;
 use crate::{Backing, Fill, Payload};
 
@@ -250,8 +250,17 @@ impl KvmMachine {
         stopped.next().map_or(Ok(()), Err)
     }
 
+    fn knows(&self, section: &StateSection) -> bool {
+        match section.name.as_str() {
+            "config" | "pit" | "clock" => section.instance == 0,
+            "irqchip" => section.instance < x86::CHIPS.len() as u32,
+            "vcpu" => section.instance < self.count,
+            _ => false,
+        }
+    }
+
     fn take_over(&self, sections: &[StateSection]) -> Result<(), KvmError> {
-        check_names(sections, self.count)?;
+        check_known(sections, |section| self.knows(section))?;
         let config: Config = find(sections, "config", 0)?;
         same("bytes of memory", config.memory_bytes, self.memory_bytes)?;
         same("vCPUs", u64::from(config.vcpus), u64::from(self.count))?;
@@ -307,21 +316,6 @@ fn build(kvm_fd: &Kvm, memory: &Memory, vcpus: u32) -> Result<(VmFd, Vec<VcpuFd>
     let fds = (0..u64::from(vcpus)).map(|number| vm.create_vcpu(number).map_err(kvm("create a vCPU")));
     let fds = fds.collect::<Result<_, _>>()?;
     Ok((vm, fds))
-}
-
-fn check_names(sections: &[StateSection], vcpus: u32) -> Result<(), StateError> {
-    for section in sections {
-        let known = match section.name.as_str() {
-            "config" | "pit" | "clock" => section.instance == 0,
-            "irqchip" => section.instance < x86::CHIPS.len() as u32,
-            "vcpu" => section.instance < vcpus,
-            _ => false,
-        };
-        if !known {
-            return Err(StateError::Unknown { name: section.name.clone(), instance: section.instance });
-        }
-    }
-    Ok(())
 }
 
 impl Machine for KvmMachine {

@@ -5,7 +5,7 @@
 use dunlin::StateSection;
 use serde::{Deserialize, Serialize};
 
-use crate::sections::{StateError, decode, find, same, section};
+use crate::sections::{StateError, check_known, decode, find, same, section};
 
 use super::device::{Device, LOG_BYTES};
 use super::program::Program;
@@ -84,16 +84,11 @@ pub(super) fn save(
 
 /// Checks all sections.
 pub(super) fn load(sections: &[StateSection], memory_bytes: u64, vcpus: u32) -> Result<Loaded, StateError> {
-    for section in sections {
-        let known = match section.name.as_str() {
-            "config" | "device" => section.instance == 0,
-            "vcpu" => section.instance < vcpus,
-            _ => false,
-        };
-        if !known {
-            return Err(StateError::Unknown { name: section.name.clone(), instance: section.instance });
-        }
-    }
+    check_known(sections, |section| match section.name.as_str() {
+        "config" | "device" => section.instance == 0,
+        "vcpu" => section.instance < vcpus,
+        _ => false,
+    })?;
     let config: Config = find(sections, "config", 0)?;
     same("bytes of memory", config.memory_bytes, memory_bytes)?;
     same("vCPUs", u64::from(config.vcpus), u64::from(vcpus))?;
@@ -108,6 +103,8 @@ pub(super) fn load(sections: &[StateSection], memory_bytes: u64, vcpus: u32) -> 
 
 #[cfg(test)]
 mod tests {
+    use dunlin::Need;
+
     use super::*;
 
     fn sections() -> Vec<StateSection> {
@@ -120,6 +117,9 @@ mod tests {
     fn what_is_saved_loads() {
         let loaded = load(&sections(), 1 << 20, 2).unwrap();
         assert_eq!((loaded.steps, loaded.identity.program.seed), (vec![5, 6], 9));
+        let mut more = sections();
+        more.push(StateSection { need: Need::Optional, name: "balloon".into(), ..more[0].clone() });
+        assert!(load(&more, 1 << 20, 2).is_ok(), "what is optional is skipped");
     }
 
     #[test]
