@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use dunlin::parameters::ParameterInfo;
 use dunlin::units::{self, QuantityError};
 use dunlin::{Parameters, Uri, UriError};
-use dunlin_machines::{Backing, Fill, Payload, Workload};
+use dunlin_machines::{Backing, Fill, MemoryJob, Payload, Workload};
 use dunlin_monitor::parse_address;
 
 /// Live migration for virtual machines.
@@ -197,8 +197,8 @@ pub struct Demo {
     /// What runs the guest.
     #[arg(long, value_enum, default_value_t = MachineKind::Synthetic)]
     pub machine: MachineKind,
-    /// The guest of a machine on KVM: `counter`, or `dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s`
-    /// [default: dirty:working-set=16M, or a quarter of a small memory].
+    /// The guest of a machine on KVM: `counter`, `dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s`, `io`, `timer:hz=N`,
+    /// or several joined by `+` [default: dirty:working-set=16M, or a quarter of a small memory].
     #[arg(long, value_name = "SPEC", value_parser = payload)]
     pub payload: Option<Payload>,
     /// What the guest does: `idle`, or
@@ -271,8 +271,8 @@ pub struct Run {
     /// What runs the guest; with --incoming, the same as at the source.
     #[arg(long, value_enum, default_value_t = MachineKind::Synthetic)]
     pub machine: MachineKind,
-    /// The guest of a machine on KVM: `counter`, or `dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s` [default: counter].
-    /// Comes with the guest if it comes in.
+    /// The guest of a machine on KVM: `counter`, `dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s`, `io`, `timer:hz=N`,
+    /// or several joined by `+` [default: counter]. Comes with the guest if it comes in.
     #[arg(long, value_name = "SPEC", value_parser = payload)]
     pub payload: Option<Payload>,
     /// What the guest does: `idle`, or
@@ -310,7 +310,7 @@ impl Run {
 
     /// The payload asked for, or the usual one.
     pub fn payload(&self) -> Payload {
-        self.payload.clone().unwrap_or(Payload::Counter)
+        self.payload.clone().unwrap_or(Payload { memory: Some(MemoryJob::Counter), io: false, timer: None })
     }
 
     /// The first content asked for, or the usual one.

@@ -17,5 +17,5 @@ mod sections;
 
 #[cfg(target_arch = "x86_64")]
 pub use kvm::{KvmConfig, KvmError, KvmMachine, KvmReport};
-pub use payload::{Payload, PayloadError};
+pub use payload::{MemoryJob, Payload, PayloadError};
 pub use synthetic::{Backing, Fault, Fill, SyntheticConfig, SyntheticError, SyntheticMachine, VerifyReport, Workload};

@@ -1,14 +1,26 @@
-//! The built-in guests, as a person chooses them.
+//! The built-in guests, as a person chooses them: jobs joined by `+`.
 
 use std::fmt;
+use std::num::NonZeroU32;
 use std::str::FromStr;
 
 use dunlin::units::{parse_rate, parse_size};
 use serde::{Deserialize, Serialize};
 
-/// A bare-metal guest.
+/// A bare-metal guest: what its vCPUs do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Payload {
+pub struct Payload {
+    /// What every vCPU does with memory.
+    pub memory: Option<MemoryJob>,
+    /// Whether the first vCPU writes and reads the first disk and prints on the serial port.
+    pub io: bool,
+    /// Ticks a second of every vCPU's own timer, and of the interval timer, whose interrupts the first vCPU takes.
+    pub timer: Option<NonZeroU32>,
+}
+
+/// What a guest does with memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemoryJob {
     /// Each vCPU counts in a page of its own.
     Counter,
     /// Each vCPU writes one page after the other of its part of a region, again and again.
@@ -24,7 +36,10 @@ pub enum Payload {
 
 /// A payload that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("payload {text:?}: {problem}; write counter, or dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s")]
+#[error(
+    "payload {text:?}: {problem}; write counter, dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s, io, timer:hz=N, or \
+     several joined by +"
+)]
 pub struct PayloadError {
     /// What was given.
     pub text: String,
@@ -34,46 +49,87 @@ pub struct PayloadError {
 
 /// The region where none is given.
 const DEFAULT_WORKING_SET: u64 = 16 << 20;
+const DEFAULT_TICKS: u32 = 100;
+/// The interval timer counts to no more than 65535, 1 193 182 a second.
+const TICKS: std::ops::RangeInclusive<u32> = 20..=1000;
 
 impl FromStr for Payload {
     type Err = PayloadError;
 
     fn from_str(text: &str) -> Result<Self, PayloadError> {
         let error = |problem: String| PayloadError { text: text.to_owned(), problem };
-        let (name, rest) = text.split_once(':').unwrap_or((text, ""));
-        match name {
-            "counter" if rest.is_empty() => return Ok(Self::Counter),
-            "counter" => return Err(error("counter has no options".into())),
-            "dirty" => {}
-            _ => return Err(error(format!("there is no payload {name:?}"))),
-        }
-        let pages = |key: &str, value: &str| {
-            let bytes = parse_size(value).map_err(|e| error(e.to_string()))?;
-            let whole = bytes > 0 && bytes.is_multiple_of(4096);
-            if whole { Ok(bytes) } else { Err(error(format!("{key}: {bytes} bytes are not whole pages of 4096"))) }
-        };
-        let (mut working_set_bytes, mut stride_bytes, mut rate) = (DEFAULT_WORKING_SET, 4096, None);
-        for part in rest.split_terminator(',') {
-            let (key, value) = part.split_once('=').ok_or_else(|| error(format!("{part:?} is not KEY=VALUE")))?;
-            match key.trim() {
-                "working-set" => working_set_bytes = pages(key, value)?,
-                "stride" => stride_bytes = pages(key, value)?,
-                "rate" if value == "max" => rate = None,
-                "rate" => {
-                    let bytes = parse_rate(value).map_err(|e| error(e.to_string()))?;
-                    rate = Some(bytes).filter(|rate| *rate > 0);
-                    if rate.is_none() {
-                        return Err(error("a rate of 0: choose counter for a guest that dirties little".into()));
-                    }
-                }
-                _ => return Err(error(format!("there is no key {key:?}"))),
+        let mut payload = Self { memory: None, io: false, timer: None };
+        for job in text.split('+') {
+            let (name, options) = job.split_once(':').unwrap_or((job, ""));
+            let again = match name {
+                "counter" if options.is_empty() => payload.memory.replace(MemoryJob::Counter).is_some(),
+                "dirty" => payload.memory.replace(dirty(options).map_err(error)?).is_some(),
+                "io" if options.is_empty() => std::mem::replace(&mut payload.io, true),
+                "timer" => payload.timer.replace(timer(options).map_err(error)?).is_some(),
+                "counter" | "io" => return Err(error(format!("{name} has no options"))),
+                _ => return Err(error(format!("there is no payload {name:?}"))),
+            };
+            if again {
+                return Err(error("one of counter and dirty, and each of io and timer once".to_owned()));
             }
         }
-        Ok(Self::Dirty { working_set_bytes, stride_bytes, rate_bytes_per_second: rate })
+        Ok(payload)
     }
 }
 
+fn options(text: &str) -> impl Iterator<Item = Result<(&str, &str), String>> {
+    text.split_terminator(',').map(|part| {
+        let (key, value) = part.split_once('=').ok_or_else(|| format!("{part:?} is not KEY=VALUE"))?;
+        Ok((key.trim(), value))
+    })
+}
+
+fn dirty(text: &str) -> Result<MemoryJob, String> {
+    let pages = |key: &str, value: &str| {
+        let bytes = parse_size(value).map_err(|error| error.to_string())?;
+        let whole = bytes > 0 && bytes.is_multiple_of(4096);
+        if whole { Ok(bytes) } else { Err(format!("{key}: {bytes} bytes are not whole pages of 4096")) }
+    };
+    let (mut working_set_bytes, mut stride_bytes, mut rate_bytes_per_second) = (DEFAULT_WORKING_SET, 4096, None);
+    for option in options(text) {
+        match option? {
+            ("working-set", value) => working_set_bytes = pages("working-set", value)?,
+            ("stride", value) => stride_bytes = pages("stride", value)?,
+            ("rate", "max") => rate_bytes_per_second = None,
+            ("rate", value) => match parse_rate(value).map_err(|error| error.to_string())? {
+                0 => return Err("a rate of 0: choose counter for a guest that dirties little".to_owned()),
+                rate => rate_bytes_per_second = Some(rate),
+            },
+            (key, _) => return Err(format!("there is no key {key:?}")),
+        }
+    }
+    Ok(MemoryJob::Dirty { working_set_bytes, stride_bytes, rate_bytes_per_second })
+}
+
+fn timer(text: &str) -> Result<NonZeroU32, String> {
+    let mut ticks = DEFAULT_TICKS;
+    for option in options(text) {
+        match option? {
+            ("hz", value) => ticks = value.parse().map_err(|_| format!("hz: {value:?} is not a number"))?,
+            (key, _) => return Err(format!("there is no key {key:?}")),
+        }
+    }
+    let allowed = NonZeroU32::new(ticks).filter(|ticks| TICKS.contains(&ticks.get()));
+    allowed.ok_or_else(|| format!("hz: {ticks} is not in {} to {}", TICKS.start(), TICKS.end()))
+}
+
 impl fmt::Display for Payload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let jobs = [
+            self.memory.as_ref().map(ToString::to_string),
+            self.io.then(|| "io".to_owned()),
+            self.timer.map(|ticks| format!("timer:hz={ticks}")),
+        ];
+        f.write_str(&jobs.into_iter().flatten().collect::<Vec<_>>().join("+"))
+    }
+}
+
+impl fmt::Display for MemoryJob {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self::Dirty { working_set_bytes, stride_bytes, rate_bytes_per_second } = self else {
             return f.write_str("counter");
@@ -92,16 +148,28 @@ mod tests {
 
     #[test]
     fn what_is_printed_can_be_typed() {
-        for text in ["counter", "dirty", "dirty:rate=1M/s", "dirty:working-set=1M,stride=8K,rate=max"] {
+        for text in [
+            "counter",
+            "dirty",
+            "dirty:rate=1M/s",
+            "dirty:working-set=1M,stride=8K,rate=max",
+            "io",
+            "timer",
+            "io+dirty+timer:hz=250",
+        ] {
             let payload: Payload = text.parse().unwrap();
             assert_eq!(payload.to_string().parse(), Ok(payload));
         }
         for (text, problem) in [
             ("linux", "no payload"),
+            ("", "no payload"),
             ("counter:rate=1M/s", "no options"),
             ("dirty:stride=100", "whole pages"),
             ("dirty:rate=0", "a rate of 0"),
             ("dirty:speed=1", "no key"),
+            ("dirty+counter", "one of counter and dirty"),
+            ("io+io", "each of io and timer once"),
+            ("timer:hz=5", "not in 20 to 1000"),
         ] {
             let error = text.parse::<Payload>().unwrap_err().to_string();
             assert!(error.contains(problem), "{text}: {error}");

@@ -193,6 +193,36 @@ fn moves_with_everything_on() {
     to.assert_good("after the move");
 }
 
+/// Every vCPU's timer goes on ticking, once for each time that it is set, and the interval timer at its pace.
+#[test]
+fn timers_go_on() {
+    if !kvm() {
+        return;
+    }
+    for (vcpus, payload) in [(1, "timer:hz=200"), (2, "timer:hz=200+dirty:working-set=2M,rate=4M/s")] {
+        let (a, b) = (source(vcpus, payload), empty(vcpus));
+        let mut before = vec![0; vcpus as usize];
+        for turn in 0..6 {
+            let (from, to) = if turn % 2 == 0 { (&a, &b) } else { (&b, &a) };
+            until("every vCPU's timer ticks", || {
+                from.machine.ticks().unwrap().iter().zip(&before).all(|(now, before)| *now > before + 10)
+            });
+            move_guest(from, to, &[]);
+            before = to.machine.ticks().unwrap();
+            let report = to.machine.verify().unwrap();
+            assert!(report.is_good(), "{payload}, turn {turn}: {report}");
+        }
+        let began = Instant::now();
+        let first = a.machine.verify().unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+        let last = a.machine.verify().unwrap();
+        let due = began.elapsed().as_secs_f64() * 200.0;
+        let ticked = (last.interval_ticks - first.interval_ticks) as f64;
+        println!("{payload}: {last}; {ticked} of {due:.0} interval ticks");
+        assert!((ticked - due).abs() < 0.2 * due, "{ticked} interval ticks, {due} were due");
+    }
+}
+
 /// A → B → A → B …, each time into a machine that has run before.
 #[test]
 fn round_trips() {

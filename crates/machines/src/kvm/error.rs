@@ -74,6 +74,12 @@ pub enum KvmError {
         /// What there is.
         room: u64,
     },
+    /// A payload without the disk that it works on.
+    #[error("the payload io works on a disk of at least {least} bytes: give the machine one")]
+    NoDisk {
+        /// What it takes.
+        least: u64,
+    },
     /// The system refused memory or a thread.
     #[error("could not {doing}: {source}")]
     System {

@@ -26,8 +26,9 @@ use error::kvm;
 use memory::Memory;
 use vcpu::Vcpus;
 use x86::features::{self, Leaf};
-use x86::{Host, Program, VcpuState, VmState};
+use x86::{Host, Program, Progress, VcpuState, VmState};
 
+use crate::payload::MemoryJob;
 use crate::sections::{StateError, check_known, decode, find, same, section};
 use crate::synthetic::fill::fill_pages;
 use crate::{Backing, Fill, Payload};
@@ -124,14 +125,15 @@ impl KvmMachine {
     /// When there is no KVM, the configuration is out of range, or KVM or the system refuses something.
     pub fn new(config: &KvmConfig) -> Result<Arc<Self>, KvmError> {
         let machine = Self::empty(config.memory_bytes, config.vcpus, config.backing)?;
-        let program = Program::new(config.payload.clone(), config.vcpus, machine.memory.low_bytes())?;
+        let program =
+            Program::new(config.payload.clone(), config.vcpus, machine.memory.low_bytes(), machine.sectors())?;
         for (number, block) in machine.memory.ram.blocks().iter().enumerate() {
             let address = machine.memory.address(number);
             let pages = block.size_bytes() / 4096;
             let first = if address == 0 { x86::LOW_BYTES / 4096 } else { 0 };
             fill_pages(block, address / 4096, &config.fill, config.seed, first..pages)?;
         }
-        machine.block()?.write(0, &program.low_memory(machine.memory.end()))?;
+        machine.block()?.write(0, &program.low_memory(machine.memory.end(), config.vcpus))?;
         let cpuid: Vec<_> =
             (0..config.vcpus).map(|vcpu| features::of_vcpu(&machine.host.cpuid, vcpu, config.vcpus)).collect();
         for ((number, vcpu), leaves) in machine.vcpus.all().iter().enumerate().zip(&cpuid) {
@@ -193,9 +195,9 @@ impl KvmMachine {
 
     /// From here on the machine is that, and its vCPUs keep its pace.
     fn identify(&self, identity: Identity) {
-        let rate = match identity.program.payload {
-            Payload::Dirty { rate_bytes_per_second, .. } => rate_bytes_per_second,
-            Payload::Counter => None,
+        let rate = match identity.program.payload.memory {
+            Some(MemoryJob::Dirty { rate_bytes_per_second, .. }) => rate_bytes_per_second,
+            _ => None,
         };
         let pace = rate.map(|rate| {
             let nanoseconds = u128::from(self.count) * 4096 * 1_000_000_000 / u128::from(rate.max(1));
@@ -205,13 +207,34 @@ impl KvmMachine {
         *self.identity.write().unwrap_or_else(PoisonError::into_inner) = Some(identity);
     }
 
-    /// Steps that each vCPU has counted in memory.
+    /// Sectors of the first disk.
+    fn sectors(&self) -> Option<u64> {
+        None
+    }
+
+    fn read_disk(&self, _offset: u64, _to: &mut [u8]) -> Result<(), KvmError> {
+        Err(KvmError::NoDisk { least: 0 })
+    }
+
+    fn noted<T>(&self, part: impl Fn(Progress) -> T) -> Result<Vec<T>, KvmError> {
+        let block = self.block()?;
+        (0..self.count as usize).map(|vcpu| Ok(part(x86::noted(block, vcpu)?))).collect()
+    }
+
+    /// Steps of its memory job that each vCPU has counted in memory.
     ///
     /// # Errors
     /// When memory cannot be read.
     pub fn counted(&self) -> Result<Vec<u64>, KvmError> {
-        let block = self.block()?;
-        (0..self.count as usize).map(|vcpu| x86::counted(block, vcpu)).collect()
+        self.noted(|progress| progress.steps)
+    }
+
+    /// Ticks of its own timer that each vCPU has counted in memory.
+    ///
+    /// # Errors
+    /// When memory cannot be read.
+    pub fn ticks(&self) -> Result<Vec<u64>, KvmError> {
+        self.noted(|progress| progress.ticks)
     }
 
     /// Compares all of RAM with what it must hold after the steps that the vCPUs' registers say. A running machine is
@@ -223,20 +246,22 @@ impl KvmMachine {
         let identity = self.identity()?;
         let _control = lock(&self.control);
         let was_running = self.vcpus.pause();
-        let report = self.found(&identity).and_then(|found| verify::verify(&self.memory, &identity, found));
+        let report = self
+            .found(&identity)
+            .and_then(|found| verify::verify(&self.memory, &identity, found, |offset, to| self.read_disk(offset, to)));
         if was_running {
             self.vcpus.resume();
         }
         report
     }
 
-    /// What each vCPU's registers say: its steps, or what is wrong.
-    fn found(&self, identity: &Identity) -> Result<Vec<Result<u64, String>>, KvmError> {
+    /// What each vCPU's registers say: what it has done, or what is wrong.
+    fn found(&self, identity: &Identity) -> Result<Vec<Result<Progress, String>>, KvmError> {
         let mut found = Vec::new();
         for (number, vcpu) in self.vcpus.all().iter().enumerate() {
             found.push(match (vcpu.stopped(), &*vcpu.fd()) {
                 (Some(why), _) => Err(format!("vCPU {number} has stopped: {why}")),
-                (None, Some(fd)) => x86::steps(fd, number, &identity.program)?,
+                (None, Some(fd)) => x86::progress(fd, number, &identity.program)?,
                 (None, None) => Err(format!("vCPU {number} was never made")),
             });
         }
@@ -273,7 +298,7 @@ impl KvmMachine {
             pit: find(sections, "pit", 0)?,
             clock: find(sections, "clock", 0)?,
         };
-        let program = Program::new(config.payload, self.count, self.memory.low_bytes())?;
+        let program = Program::new(config.payload, self.count, self.memory.low_bytes(), self.sectors())?;
         let mut hypervisor = lock(&self.hypervisor);
         // What ran before leaves timers and interrupts behind, and its CPU's features could not be changed any more.
         if std::mem::replace(&mut hypervisor.used, true) {

@@ -6,11 +6,13 @@ use dunlin::memory::RamBlock;
 use serde::Serialize;
 
 use super::memory::Memory;
-use super::x86::{LOW_BYTES, Program, STORES, counted, visit};
+use super::x86::{LOW_BYTES, Progress, SECTOR_BYTES, STORES, visit};
 use super::{Identity, KvmError};
 use crate::synthetic::content::Page;
 
 const PAGE: u64 = 4096;
+/// The disk is read in pieces of as much.
+const PIECE_BYTES: usize = 1 << 16;
 /// Faults that a report describes; all are counted.
 const DESCRIBED: usize = 10;
 
@@ -21,8 +23,16 @@ pub struct KvmReport {
     pub pages_checked: u64,
     /// Of these, pages that a vCPU had written.
     pub pages_written: u64,
-    /// Steps done by all vCPUs together.
+    /// Steps of memory jobs done by all vCPUs together.
     pub steps: u64,
+    /// Ticks of all vCPUs' own timers.
+    pub ticks: u64,
+    /// Ticks of the interval timer.
+    pub interval_ticks: u64,
+    /// Sectors of the disk compared.
+    pub sectors_checked: u64,
+    /// Units of disk and serial work done: the guest has printed as many lines, or one more or a part of it.
+    pub units: u64,
     /// Pages, registers and vCPUs that are wrong.
     pub wrong: u64,
     /// What is wrong with the first of them.
@@ -45,13 +55,17 @@ impl KvmReport {
 
 impl fmt::Display for KvmReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { pages_checked, pages_written, steps, wrong, faults } = self;
+        let Self { pages_checked, pages_written, steps, ticks, interval_ticks, sectors_checked, units, wrong, faults } =
+            self;
         if self.is_good() {
-            return write!(
-                f,
-                "{pages_checked} pages are right ({pages_written} of them written, in {steps} steps), and the vCPUs' \
-                 registers"
-            );
+            write!(f, "{pages_checked} pages are right ({pages_written} of them written, in {steps} steps)")?;
+            if *ticks > 0 {
+                write!(f, ", and {ticks} ticks of the vCPUs' timers and {interval_ticks} of the interval timer")?;
+            }
+            if *units > 0 {
+                write!(f, ", and {sectors_checked} sectors after {units} units of disk and serial work")?;
+            }
+            return f.write_str(", and the vCPUs' registers");
         }
         write!(f, "{wrong} things are wrong, with {pages_checked} pages and after {steps} steps")?;
         faults.iter().try_for_each(|fault| write!(f, "; {fault}"))
@@ -62,21 +76,32 @@ impl fmt::Display for KvmReport {
 pub(super) fn verify(
     memory: &Memory,
     identity: &Identity,
-    found: Vec<Result<u64, String>>,
+    found: Vec<Result<Progress, String>>,
+    read_disk: impl Fn(u64, &mut [u8]) -> Result<(), KvmError>,
 ) -> Result<KvmReport, KvmError> {
     let mut report = KvmReport::default();
-    let mut steps = Vec::new();
+    let mut progress = Vec::new();
     for found in found {
-        steps.push(*found.as_ref().unwrap_or(&0));
+        progress.push(*found.as_ref().unwrap_or(&Progress::default()));
         if let Err(fault) = found {
             report.fault(|| fault);
         }
     }
-    report.steps = steps.iter().sum();
+    for Progress { steps, ticks, intervals, units, .. } in &progress {
+        report.steps += steps;
+        report.ticks += ticks;
+        report.interval_ticks += intervals;
+        report.units += units;
+    }
+    if identity.program.payload.io {
+        let units = progress.first().map_or(0, |progress| progress.units);
+        disk(identity, units, read_disk, &mut report)?;
+    }
+    let steps: Vec<u64> = progress.iter().map(|progress| progress.steps).collect();
     for (block, ram_block) in memory.ram.blocks().iter().enumerate() {
         let address = memory.address(block);
         let first = if address == 0 {
-            low(ram_block, memory.end(), identity, &steps, &mut report)?;
+            low(ram_block, memory.end(), identity, &progress, &mut report)?;
             LOW_BYTES / PAGE
         } else {
             0
@@ -88,34 +113,54 @@ pub(super) fn verify(
     Ok(report)
 }
 
-/// The memory below 1 MiB: as at the start, and the counters.
+/// The memory below 1 MiB: as at the start, but for what the vCPUs note and work with there.
 fn low(
     block: &RamBlock,
     memory_end: u64,
     identity: &Identity,
-    steps: &[u64],
+    progress: &[Progress],
     report: &mut KvmReport,
 ) -> Result<(), KvmError> {
-    let mut expected = identity.program.low_memory(memory_end);
-    for (vcpu, steps) in steps.iter().enumerate() {
-        let counted = counted(block, vcpu)?;
-        report.pages_written += 1;
-        // A step counts in the register first.
-        if counted != *steps && counted.saturating_add(1) != *steps {
-            report.fault(|| format!("vCPU {vcpu} has counted to {counted} in memory and done {steps} steps"));
-        }
-        let at = Program::counter(vcpu) as usize;
-        if let Some(to) = expected.get_mut(at..at.saturating_add(8)) {
-            to.copy_from_slice(&counted.to_le_bytes());
-        }
-    }
+    let mut expected = identity.program.low_memory(memory_end, progress.len() as u32);
     let mut found = vec![0; LOW_BYTES as usize];
     block.read(0, &mut found)?;
+    report.pages_written += progress.len() as u64;
+    identity.program.expect_low(&mut expected, &found, progress, |fault| report.fault(|| fault));
     for (number, (found, expected)) in found.chunks(4096).zip(expected.chunks(4096)).enumerate() {
         report.pages_checked += 1;
         if found != expected {
             report.fault(|| describe(number as u64 * PAGE, found, expected));
         }
+    }
+    Ok(())
+}
+
+/// The disk, which was all zeros at the start: every sector has the latest unit that was written to it.
+fn disk(
+    identity: &Identity,
+    units: u64,
+    read: impl Fn(u64, &mut [u8]) -> Result<(), KvmError>,
+    report: &mut KvmReport,
+) -> Result<(), KvmError> {
+    let program = &identity.program;
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut first = 0;
+    while first < program.sectors {
+        let sectors = (program.sectors - first).min((PIECE_BYTES / SECTOR_BYTES) as u64);
+        let piece = piece.get_mut(..sectors as usize * SECTOR_BYTES).unwrap_or_default();
+        read(first * SECTOR_BYTES as u64, piece)?;
+        for (sector, found) in (first..).zip(piece.chunks(SECTOR_BYTES)) {
+            report.sectors_checked += 1;
+            let holds = |unit: u64| found.chunks(8).all(|word| word == unit.to_le_bytes());
+            let latest = program.unit_of_sector(sector, units);
+            // The unit at work may have been written.
+            let next = program.unit_of_sector(sector, units + 1);
+            if !holds(latest) && !holds(next) {
+                let expected = latest.to_le_bytes().repeat(SECTOR_BYTES / 8);
+                report.fault(|| format!("sector {sector}: {}", describe(sector * 512, found, &expected)));
+            }
+        }
+        first += sectors;
     }
     Ok(())
 }

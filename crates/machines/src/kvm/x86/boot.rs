@@ -3,7 +3,7 @@
 use kvm_bindings::{kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 
-use super::program::{CODE, GDT, PAGE_TABLES, Program};
+use super::program::{CODE, GDT, IDT, PAGE_TABLES, Program, Progress, Slice};
 use crate::kvm::{KvmError, kvm};
 
 /// None, code and data.
@@ -15,6 +15,14 @@ const CR0: u64 = 1 | 1 << 4 | 1 << 5 | 1 << 31;
 const CR4: u64 = 1 << 5 | 1 << 9 | 1 << 10;
 /// Long mode, enabled and active.
 const EFER: u64 = 1 << 8 | 1 << 10;
+
+/// An interrupt's way to its handler.
+pub(super) fn gate(handler: u64) -> [u8; 16] {
+    /// The code segment, present, no interrupts while it is handled.
+    const KIND: u64 = 8 << 16 | 0x8e << 40;
+    let low = handler & 0xffff | KIND | (handler >> 16 & 0xffff) << 48;
+    (u128::from(low) | u128::from(handler >> 32) << 64).to_le_bytes()
+}
 
 fn segment(selector: u16, kind: u8, long: u8) -> kvm_segment {
     kvm_segment {
@@ -38,8 +46,8 @@ pub(in crate::kvm) fn boot(fd: &VcpuFd, vcpu: usize, program: &Program) -> Resul
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.gdt.base = GDT;
     sregs.gdt.limit = (size_of_val(&GDT_ENTRIES) - 1) as u16;
-    sregs.idt.base = 0;
-    sregs.idt.limit = 0;
+    sregs.idt.base = IDT;
+    sregs.idt.limit = 0xfff;
     (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, PAGE_TABLES, CR4, EFER);
     fd.set_sregs(&sregs).map_err(kvm("set a vCPU's system registers"))?;
     let slice = program.slices.get(vcpu);
@@ -51,7 +59,8 @@ pub(in crate::kvm) fn boot(fd: &VcpuFd, vcpu: usize, program: &Program) -> Resul
         rsi: slice.map_or(0, |slice| slice.end()),
         r10: slice.map_or(0, |slice| slice.stride),
         rcx: 1,
-        r8: Program::counter(vcpu),
+        r8: Program::board(vcpu),
+        rsp: Program::stack_top(vcpu),
         ..kvm_regs::default()
     };
     fd.set_regs(&regs).map_err(kvm("set a vCPU's registers"))?;
@@ -60,21 +69,34 @@ pub(in crate::kvm) fn boot(fd: &VcpuFd, vcpu: usize, program: &Program) -> Resul
     fd.set_mp_state(runnable).map_err(kvm("make a vCPU runnable"))
 }
 
-/// Steps that a stopped vCPU has done, if its registers are what they must be after so many.
-pub(in crate::kvm) fn steps(fd: &VcpuFd, vcpu: usize, program: &Program) -> Result<Result<u64, String>, KvmError> {
+/// What a stopped vCPU has done, if its registers are what they must be after that.
+pub(in crate::kvm) fn progress(
+    fd: &VcpuFd,
+    vcpu: usize,
+    program: &Program,
+) -> Result<Result<Progress, String>, KvmError> {
     let regs = fd.get_regs().map_err(kvm("get a vCPU's registers"))?;
-    let steps = regs.r9;
-    let Some(slice) = program.slices.get(vcpu) else { return Ok(Ok(steps)) };
-    let fixed =
-        (regs.rdi, regs.rsi, regs.r8, regs.r10) == (slice.start, slice.end(), Program::counter(vcpu), slice.stride);
+    let kvm_regs { r9: steps, r12: ticks, r11: intervals, r14: units, r15: requests, .. } = regs;
+    // A timer has been set once more than it has ticked, but for when it is being set.
+    let timed = match program.payload.timer {
+        Some(_) => regs.r13.wrapping_sub(ticks) <= 1,
+        None => regs.r13 == 0 && ticks == 0 && intervals == 0,
+    };
+    let right = timed && regs.r8 == Program::board(vcpu) && is_placed(&regs, steps, program.slices.get(vcpu));
+    Ok(if right {
+        Ok(Progress { steps, ticks, intervals, units, requests })
+    } else {
+        Err(format!("the registers of vCPU {vcpu} are not what they must be after {steps} steps: {regs:x?}"))
+    })
+}
+
+/// Whether a vCPU is where it must be in its part of the working set.
+fn is_placed(regs: &kvm_regs, steps: u64, slice: Option<&Slice>) -> bool {
+    let Some(slice) = slice else { return true };
+    let fixed = (regs.rdi, regs.rsi, regs.r10) == (slice.start, slice.end(), slice.stride);
     let visited = regs.rbx.wrapping_sub(slice.start) / slice.stride;
     let position = regs.rcx.wrapping_sub(1).wrapping_mul(slice.pages).wrapping_add(visited);
     // Behind by one between counting and going on, and by a whole round before the next begins.
     let behind = steps.wrapping_sub(position);
-    let placed = behind <= 1 || (behind == slice.pages && visited == 0);
-    Ok(if fixed && placed && regs.rbx <= slice.end() {
-        Ok(steps)
-    } else {
-        Err(format!("the registers of vCPU {vcpu} are not what they must be after {steps} steps: {regs:x?}"))
-    })
+    fixed && regs.rbx <= slice.end() && (behind <= 1 || (behind == slice.pages && visited == 0))
 }

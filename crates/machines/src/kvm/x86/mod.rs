@@ -1,20 +1,26 @@
 //! What of the microVM is x86-64: its first state, its whole state, its CPU's features, and its built-in guests' code.
 
-mod assembler;
 mod boot;
+mod guest;
 mod program;
 mod state;
 
 pub(super) mod features;
 
-pub(super) use boot::{boot, steps};
-pub(super) use program::{LOW_BYTES, PACE_PORT, Program, STORES, counted, visit};
+pub(super) use boot::{boot, progress};
+pub(super) use program::{LOW_BYTES, PACE_PORT, Program, Progress, SECTOR_BYTES, STORES, noted, visit};
 pub(super) use state::{CHIPS, Host, VcpuState, VmState, load_vcpu, load_vm, save_vcpu, save_vm, set_cpuid};
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 
 use super::{KvmError, kvm};
+
+/// The serial port, as on every PC.
+pub(super) const SERIAL_PORT: u16 = 0x3f8;
+/// Where the first virtio device is, in the hole below 4 GiB, and its interrupt.
+pub(super) const DISK_ADDRESS: u64 = 0xd000_0000;
+pub(super) const DISK_IRQ: u32 = 5;
 
 /// Three pages that KVM needs on some processors, in the hole below 4 GiB.
 const TSS_ADDRESS: usize = 0xfffb_d000;
