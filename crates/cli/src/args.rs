@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use dunlin::parameters::ParameterInfo;
 use dunlin::units::{self, QuantityError};
 use dunlin::{Parameters, Uri, UriError};
+#[cfg(target_arch = "x86_64")]
+use dunlin_machines::CpuModel;
 use dunlin_machines::{Backing, Fill, MemoryJob, Payload, Workload};
 use dunlin_monitor::parse_address;
 
@@ -197,6 +199,11 @@ pub struct Demo {
     /// What runs the guest.
     #[arg(long, value_enum, default_value_t = MachineKind::Synthetic)]
     pub machine: MachineKind,
+    /// The CPU of a machine on KVM: `x86-64`, `x86-64-v2` and `x86-64-v3` are the same on every host of one vendor, `host`
+    /// is all that this one can give.
+    #[arg(long, value_name = "MODEL", default_value_t = CpuModel::default())]
+    #[cfg(target_arch = "x86_64")]
+    pub cpu: CpuModel,
     /// The guest of a machine on KVM: `counter`, `dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s`, `io`, `timer:hz=N`,
     /// or several joined by `+` [default: dirty:working-set=16M, or a quarter of a small memory].
     #[arg(long, value_name = "SPEC", value_parser = payload)]
@@ -271,6 +278,11 @@ pub struct Run {
     /// What runs the guest; with --incoming, the same as at the source.
     #[arg(long, value_enum, default_value_t = MachineKind::Synthetic)]
     pub machine: MachineKind,
+    /// The CPU of a machine on KVM: `x86-64`, `x86-64-v2` and `x86-64-v3` are the same on every host of one vendor, `host`
+    /// is all that this one can give. Comes with the guest if it comes in.
+    #[arg(long, value_name = "MODEL", default_value_t = CpuModel::default())]
+    #[cfg(target_arch = "x86_64")]
+    pub cpu: CpuModel,
     /// The guest of a machine on KVM: `counter`, `dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s`, `io`, `timer:hz=N`,
     /// or several joined by `+` [default: counter]. Comes with the guest if it comes in.
     #[arg(long, value_name = "SPEC", value_parser = payload)]

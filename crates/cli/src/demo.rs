@@ -93,16 +93,19 @@ fn destination_arguments(args: &Demo) -> Vec<String> {
 
 fn source_arguments(args: &Demo) -> Result<Vec<String>> {
     let mut arguments = common_arguments(args);
-    arguments.extend(match args.machine {
+    let does = match args.machine {
         MachineKind::Synthetic => {
             let workload = args.workload.clone().map_or_else(|| usual_workload(args.memory), Ok)?;
             ["--workload".to_owned(), workload.to_string()]
         }
         MachineKind::Kvm => {
             let payload = args.payload.as_ref().map_or_else(|| usual_payload(args.memory), ToString::to_string);
+            #[cfg(target_arch = "x86_64")]
+            arguments.extend(["--cpu".to_owned(), args.cpu.to_string()]);
             ["--payload".to_owned(), payload]
         }
-    });
+    };
+    arguments.extend(does);
     arguments.extend(["--fill".to_owned(), args.fill.to_string()]);
     Ok(arguments)
 }

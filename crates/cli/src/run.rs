@@ -116,6 +116,7 @@ fn make_kvm(args: &Run) -> Result<Arc<Vm>> {
         KvmMachine::new(&KvmConfig {
             memory_bytes: args.memory,
             vcpus: args.vcpus,
+            cpu: args.cpu,
             payload: args.payload(),
             fill: args.fill().map_err(|error| anyhow!(error))?,
             backing: args.hugepages,

@@ -16,6 +16,6 @@ mod payload;
 mod sections;
 
 #[cfg(target_arch = "x86_64")]
-pub use kvm::{KvmConfig, KvmError, KvmMachine, KvmReport};
+pub use kvm::{CpuModel, CpuModelError, KvmConfig, KvmError, KvmMachine, KvmReport};
 pub use payload::{MemoryJob, Payload, PayloadError};
 pub use synthetic::{Backing, Fault, Fill, SyntheticConfig, SyntheticError, SyntheticMachine, VerifyReport, Workload};

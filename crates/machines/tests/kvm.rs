@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::{MIB, parameters, runs, until};
 use dunlin::memory::DirtyBitmap;
 use dunlin::{Destination, Guest, Machine, Source, Status};
-use dunlin_machines::{Backing, KvmConfig, KvmMachine};
+use dunlin_machines::{Backing, CpuModel, KvmConfig, KvmMachine};
 
 const MEMORY: u64 = 32 * MIB;
 
@@ -36,6 +36,7 @@ fn machine(vcpus: u32, payload: &str) -> Arc<KvmMachine> {
     let config = KvmConfig {
         memory_bytes: MEMORY,
         vcpus,
+        cpu: CpuModel::default(),
         payload: payload.parse().unwrap(),
         fill: "zero:30,random:40,text:30".parse().unwrap(),
         backing: Backing::Base,

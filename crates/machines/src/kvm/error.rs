@@ -6,6 +6,7 @@ use dunlin::memory::MemoryError;
 
 use super::MAX_VCPUS;
 use super::x86::LOW_BYTES;
+use super::x86::cpu::CpuModel;
 use crate::sections::StateError;
 use crate::synthetic::SyntheticError;
 
@@ -48,6 +49,22 @@ pub enum KvmError {
     Features {
         /// Which.
         missing: String,
+    },
+    /// CPU features of a model that this host has not.
+    #[error("this host does not have all CPU features of the model {model}: {missing}; choose another")]
+    CpuModel {
+        /// The model.
+        model: CpuModel,
+        /// Which.
+        missing: String,
+    },
+    /// Another vendor's CPU.
+    #[error("the guest was given a CPU of {theirs}, this host's is one of {ours}")]
+    CpuVendor {
+        /// The guest's.
+        theirs: String,
+        /// This host's.
+        ours: String,
     },
     /// The memory's size.
     #[error("{bytes} bytes of memory: it must be a multiple of its pages, at least 2 MiB and at most 64 GiB")]

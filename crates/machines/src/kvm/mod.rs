@@ -21,10 +21,12 @@ use serde::{Deserialize, Serialize};
 
 pub use error::KvmError;
 pub use verify::KvmReport;
+pub use x86::cpu::{CpuModel, CpuModelError};
 
 use error::kvm;
 use memory::Memory;
 use vcpu::Vcpus;
+use x86::cpu;
 use x86::features::{self, Leaf};
 use x86::{Host, Program, Progress, VcpuState, VmState};
 
@@ -45,6 +47,8 @@ pub struct KvmConfig {
     pub memory_bytes: u64,
     /// vCPUs, 1 to 16.
     pub vcpus: u32,
+    /// The CPU that the guest sees.
+    pub cpu: CpuModel,
     /// The guest.
     pub payload: Payload,
     /// What RAM holds at the start, above the first MiB.
@@ -134,8 +138,12 @@ impl KvmMachine {
             fill_pages(block, address / 4096, &config.fill, config.seed, first..pages)?;
         }
         machine.block()?.write(0, &program.low_memory(machine.memory.end(), config.vcpus))?;
+        let model = config.cpu;
         let cpuid: Vec<_> =
-            (0..config.vcpus).map(|vcpu| features::of_vcpu(&machine.host.cpuid, vcpu, config.vcpus)).collect();
+            (0..config.vcpus).map(|vcpu| cpu::leaves(model, &machine.host.cpuid, vcpu, config.vcpus)).collect();
+        if let Some(missing) = cpuid.first().and_then(|given| features::missing(given, &machine.host.cpuid)) {
+            return Err(KvmError::CpuModel { model, missing });
+        }
         for ((number, vcpu), leaves) in machine.vcpus.all().iter().enumerate().zip(&cpuid) {
             let fd = vcpu.fd();
             let fd = fd.as_ref().ok_or(KvmError::Empty)?;
@@ -284,6 +292,15 @@ impl KvmMachine {
         }
     }
 
+    /// This host has the features that a guest was given.
+    fn check_features(&self, given: &[Leaf]) -> Result<(), KvmError> {
+        let here = &self.host.cpuid;
+        if !cpu::same_vendor(given, here) {
+            return Err(KvmError::CpuVendor { theirs: cpu::vendor(given), ours: cpu::vendor(here) });
+        }
+        features::missing(given, here).map_or(Ok(()), |missing| Err(KvmError::Features { missing }))
+    }
+
     fn take_over(&self, sections: &[StateSection]) -> Result<(), KvmError> {
         check_known(sections, |section| self.knows(section))?;
         let config: Config = find(sections, "config", 0)?;
@@ -291,6 +308,7 @@ impl KvmMachine {
         same("vCPUs", u64::from(config.vcpus), u64::from(self.count))?;
         let vcpus: Vec<VcpuState> =
             (0..self.count).map(|vcpu| find(sections, "vcpu", vcpu)).collect::<Result<_, StateError>>()?;
+        vcpus.iter().try_for_each(|vcpu| self.check_features(&vcpu.cpuid))?;
         let state = VmState {
             chips: (0..x86::CHIPS.len() as u32)
                 .map(|chip| find(sections, "irqchip", chip))
@@ -367,10 +385,7 @@ impl Machine for KvmMachine {
         let theirs: Profile = decode(profile, "profile", 0).map_err(KvmError::from)?;
         same("bytes of memory", theirs.memory_bytes, self.memory_bytes)?;
         same("vCPUs", u64::from(theirs.vcpus), u64::from(self.count))?;
-        match features::missing(&theirs.cpuid, &self.host.cpuid) {
-            Some(missing) => Err(KvmError::Features { missing }.into()),
-            None => Ok(()),
-        }
+        Ok(self.check_features(&theirs.cpuid)?)
     }
 
     fn pause(&self) -> Result<(), MachineError> {

@@ -1,6 +1,6 @@
 //! The CPU's features that a guest is given, and whether another host has them.
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use serde::{Deserialize, Serialize};
 
 /// An answer of the CPUID instruction.
@@ -17,7 +17,7 @@ pub(in crate::kvm) struct Leaf {
 
 /// Which of a leaf's registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Word {
+pub(super) enum Word {
     Eax,
     Ebx,
     Ecx,
@@ -45,7 +45,7 @@ const FEATURES: [(u32, u32, Word, &str); 16] = [
 ];
 
 /// Features that people know by name.
-const NAMES: [(u32, u32, Word, u32, &str); 24] = [
+const NAMES: [(u32, u32, Word, u32, &str); 29] = [
     (0x1, 0, Word::Ecx, 0, "sse3"),
     (0x1, 0, Word::Ecx, 9, "ssse3"),
     (0x1, 0, Word::Ecx, 12, "fma"),
@@ -54,10 +54,13 @@ const NAMES: [(u32, u32, Word, u32, &str); 24] = [
     (0x1, 0, Word::Ecx, 19, "sse4_1"),
     (0x1, 0, Word::Ecx, 20, "sse4_2"),
     (0x1, 0, Word::Ecx, 21, "x2apic"),
+    (0x1, 0, Word::Ecx, 22, "movbe"),
+    (0x1, 0, Word::Ecx, 23, "popcnt"),
     (0x1, 0, Word::Ecx, 24, "tsc_deadline_timer"),
     (0x1, 0, Word::Ecx, 25, "aes"),
     (0x1, 0, Word::Ecx, 26, "xsave"),
     (0x1, 0, Word::Ecx, 28, "avx"),
+    (0x1, 0, Word::Ecx, 29, "f16c"),
     (0x1, 0, Word::Ecx, 30, "rdrand"),
     (0x7, 0, Word::Ebx, 3, "bmi1"),
     (0x7, 0, Word::Ebx, 5, "avx2"),
@@ -67,16 +70,58 @@ const NAMES: [(u32, u32, Word, u32, &str); 24] = [
     (0x7, 0, Word::Ebx, 29, "sha_ni"),
     (0x7, 0, Word::Ecx, 16, "la57"),
     (0x7, 0, Word::Edx, 26, "ibrs"),
+    (0x8000_0001, 0, Word::Ecx, 0, "lahf_lm"),
+    (0x8000_0001, 0, Word::Ecx, 5, "lzcnt"),
     (0x8000_0001, 0, Word::Edx, 26, "pdpe1gb"),
     (0x8000_0001, 0, Word::Edx, 27, "rdtscp"),
     (0x4000_0001, 0, Word::Eax, 3, "kvmclock"),
 ];
 
-/// What the guest sees change by itself: OSXSAVE and OSPKE follow its control registers.
-const FOLLOWS_GUEST: [(u32, u32, Word, u32); 2] = [(0x1, 0, Word::Ecx, 27), (0x7, 0, Word::Ecx, 4)];
+/// What does not come from the processor: OSXSAVE and OSPKE follow the guest's control registers, and that it is a guest,
+/// with more than one vCPU, is the machine's to say.
+const NOT_OF_HOST: [(u32, u32, Word, u32); 4] =
+    [(0x1, 0, Word::Ecx, 27), (0x7, 0, Word::Ecx, 4), (0x1, 0, Word::Ecx, 31), (0x1, 0, Word::Edx, 28)];
 
 impl Leaf {
-    fn word(&self, word: Word) -> u32 {
+    /// A leaf that does not depend on an index.
+    pub(super) fn new(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> Self {
+        Self { function, index, flags: 0, eax, ebx, ecx, edx }
+    }
+
+    /// One of several leaves of a function.
+    pub(super) fn indexed(function: u32, index: u32, words: [u32; 4]) -> Self {
+        Self { flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX, ..Self::new(function, index, words) }
+    }
+
+    /// With these bits set in a register as well.
+    pub(super) fn with(mut self, register: Word, bits: u32) -> Self {
+        *match register {
+            Word::Eax => &mut self.eax,
+            Word::Ebx => &mut self.ebx,
+            Word::Ecx => &mut self.ecx,
+            Word::Edx => &mut self.edx,
+        } |= bits;
+        self
+    }
+
+    /// With what says which vCPU of how many it is.
+    pub(super) fn of_vcpu(mut self, vcpu: u32, vcpus: u32) -> Self {
+        const THREADS: u32 = 1 << 8;
+        const CORES: u32 = 2 << 8;
+        match (self.function, self.index) {
+            (0x1, _) => self.ebx = self.ebx & 0xff00 | vcpu << 24 | vcpus.next_power_of_two() << 16,
+            // One thread a core, all cores in one socket.
+            (0xb, 0) => (self.eax, self.ebx, self.ecx, self.edx) = (0, 1, THREADS, vcpu),
+            (0xb, 1) => {
+                let width = vcpus.next_power_of_two().trailing_zeros();
+                (self.eax, self.ebx, self.ecx, self.edx) = (width, vcpus, CORES | 1, vcpu);
+            }
+            _ => {}
+        }
+        self
+    }
+
+    pub(super) fn word(&self, word: Word) -> u32 {
         match word {
             Word::Eax => self.eax,
             Word::Ebx => self.ebx,
@@ -105,34 +150,19 @@ pub(in crate::kvm) fn leaves(cpuid: &CpuId) -> Vec<Leaf> {
     cpuid.as_slice().iter().map(Leaf::from).collect()
 }
 
-/// The leaves of the vCPU of that number, of so many: the host's but for who it is.
-pub(in crate::kvm) fn of_vcpu(leaves: &[Leaf], vcpu: u32, vcpus: u32) -> Vec<Leaf> {
-    const HYPERVISOR: u32 = 1 << 31;
-    let mut leaves = leaves.to_vec();
-    for leaf in &mut leaves {
-        match leaf.function {
-            0x1 => {
-                leaf.ebx = leaf.ebx & 0xffff | vcpu << 24 | vcpus.next_power_of_two() << 16;
-                leaf.ecx |= HYPERVISOR;
-            }
-            0xb | 0x1f => leaf.edx = vcpu,
-            _ => {}
-        }
-    }
-    leaves
+/// A register of a leaf, 0 if there is no such leaf.
+pub(super) fn word(leaves: &[Leaf], function: u32, index: u32, register: Word) -> u32 {
+    let leaf = leaves.iter().find(|leaf| leaf.function == function && leaf.index == index);
+    leaf.map_or(0, |leaf| leaf.word(register))
 }
 
 /// The features of `given` that `here` has not, in words; nothing when it has all.
 pub(in crate::kvm) fn missing(given: &[Leaf], here: &[Leaf]) -> Option<String> {
-    let word = |leaves: &[Leaf], function, index, word| {
-        let leaf = leaves.iter().find(|leaf| leaf.function == function && leaf.index == index);
-        leaf.map_or(0, |leaf| leaf.word(word))
-    };
     let mut all = Vec::new();
     for (function, index, register, register_name) in FEATURES {
         let absent = word(given, function, index, register) & !word(here, function, index, register);
         for bit in (0..32).filter(|bit| absent >> bit & 1 != 0) {
-            if FOLLOWS_GUEST.contains(&(function, index, register, bit)) || (function, bit) == (0x1, 31) {
+            if NOT_OF_HOST.contains(&(function, index, register, bit)) {
                 continue;
             }
             let known = NAMES.iter().find(|(f, i, w, b, _)| (*f, *i, *w, *b) == (function, index, register, bit));

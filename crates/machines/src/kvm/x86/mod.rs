@@ -5,6 +5,7 @@ mod guest;
 mod program;
 mod state;
 
+pub(super) mod cpu;
 pub(super) mod features;
 
 pub(super) use boot::{boot, progress};

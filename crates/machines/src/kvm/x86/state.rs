@@ -12,7 +12,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
-use super::features::{self, Leaf};
+use super::features::{self, Leaf, Word};
 use crate::kvm::{KvmError, kvm};
 
 /// The interrupt controllers: two PICs and an IOAPIC.
@@ -77,7 +77,13 @@ impl Host {
         msrs.truncate(MSR_BATCH);
         let bytes = usize::try_from(kvm_fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let xsave_extra = bytes.saturating_sub(size_of::<kvm_xsave>()).div_ceil(size_of::<u32>());
-        Ok(Self { cpuid: features::leaves(&cpuid), msrs, xsave_extra })
+        // Said apart, for it depends on the interrupt controllers, which all machines here have.
+        let deadline = u32::from(kvm_fd.check_extension(Cap::TscDeadlineTimer)) << 24;
+        let mut cpuid = features::leaves(&cpuid);
+        for leaf in cpuid.iter_mut().filter(|leaf| leaf.function == 1) {
+            *leaf = leaf.with(Word::Ecx, deadline);
+        }
+        Ok(Self { cpuid, msrs, xsave_extra })
     }
 
     /// Leaves out the MSRs that this vCPU does not have.
@@ -176,6 +182,9 @@ fn save_xsave(fd: &VcpuFd, host: &Host) -> Result<Vec<u32>, KvmError> {
     unsafe { fd.get_xsave2(&mut area) }.map_err(kvm("get a vCPU's vector registers"))?;
     let mut words = area.as_fam_struct_ref().xsave.region.to_vec();
     words.extend(area.as_slice());
+    // What is behind the fixed part depends on the host, and is zero where the guest has not used it.
+    let used = words.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1);
+    words.truncate(used.max(kvm_xsave::default().region.len()));
     Ok(words)
 }
 
