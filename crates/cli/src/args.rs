@@ -9,7 +9,7 @@ use dunlin::units::{self, QuantityError};
 use dunlin::{Parameters, Uri, UriError};
 #[cfg(target_arch = "x86_64")]
 use dunlin_machines::CpuModel;
-use dunlin_machines::{Backing, Fill, MemoryJob, Payload, Workload};
+use dunlin_machines::{Backing, DeviceConfig, DiskConfig, Fill, MemoryJob, Payload, SerialTarget, Workload};
 use dunlin_monitor::parse_address;
 
 /// Live migration for virtual machines.
@@ -302,6 +302,9 @@ pub struct Run {
     /// Seed of everything random in the guest.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
+    /// Devices of a machine on KVM.
+    #[command(flatten)]
+    pub devices: Devices,
     /// Wait for a migration on tcp:HOST:PORT, unix:PATH, fd:N or exec:COMMAND; with `defer`, until QMP's
     /// migrate-incoming says where.
     #[arg(long, value_name = "URI|defer", value_parser = incoming)]
@@ -312,6 +315,34 @@ pub struct Run {
     /// End at once when the process of this number, the parent, does.
     #[arg(long, value_name = "PID", hide = true)]
     pub exit_with_parent: Option<u32>,
+}
+
+/// With --incoming they are the same as at the source, but for where the serial port and network cards lead.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Devices {
+    /// Where the serial port of a machine on KVM leads: stdio, file:PATH (to its end), unix:PATH (listens) or null
+    /// [default: null].
+    #[arg(long, value_name = "WHERE", value_parser = serial)]
+    pub serial: Option<SerialTarget>,
+    /// A disk of a machine on KVM; may be repeated. Both sides of a migration use the same image.
+    #[arg(long, value_name = "PATH[,format=raw|qcow2][,readonly=on][,serial=TEXT]", value_parser = disk)]
+    pub disk: Vec<DiskConfig>,
+}
+
+impl Devices {
+    /// Whether none is asked for.
+    pub fn is_empty(&self) -> bool {
+        self.serial.is_none() && self.disk.is_empty()
+    }
+
+    /// As the machine takes them.
+    pub fn config(&self) -> DeviceConfig {
+        DeviceConfig {
+            serial: self.serial.clone().unwrap_or_default(),
+            disks: self.disk.clone(),
+            ..DeviceConfig::default()
+        }
+    }
 }
 
 impl Run {
@@ -415,6 +446,14 @@ fn fill(text: &str) -> Result<Fill, String> {
     text.parse::<Fill>().map_err(|error| error.to_string())
 }
 
+fn serial(text: &str) -> Result<SerialTarget, String> {
+    text.parse()
+}
+
+fn disk(text: &str) -> Result<DiskConfig, String> {
+    text.parse()
+}
+
 fn setting(text: &str) -> Result<Setting, String> {
     let (name, value) = text.split_once('=').ok_or("it is not NAME=VALUE, such as max-bandwidth=300M/s")?;
     let info = ParameterInfo::find(name.trim()).map_err(|error| error.to_string())?;
@@ -446,6 +485,7 @@ mod tests {
             "demo --memory 64M --vcpus 4 --workload idle --transport unix --set multifd-channels=8 --set max-bandwidth=50M/s --json",
             "demo --machine kvm --payload dirty:working-set=8M,rate=20M/s",
             "run --memory 64M --machine kvm --payload counter --qmp unix:/a",
+            "run --memory 64M --machine kvm --serial file:/b --disk /c --disk /d,format=qcow2,readonly=on,serial=x --qmp unix:/a",
             "run --memory 1.5GiB --vcpus 2 --fill zero:100 --seed 7 --qmp unix:/a",
             "run --memory 2G --incoming tcp:[::1]:0 --qmp /a",
             "run --memory 2G --incoming defer --qmp unix:/a",
@@ -474,6 +514,9 @@ mod tests {
             ("demo --workload walking", "walking"),
             ("demo --machine kvm --payload walking", "no payload"),
             ("run --memory 1G", "--qmp"),
+            ("run --memory 1G --serial tty --qmp unix:/a", "stdio, file:PATH"),
+            ("run --memory 1G --disk a,format=vmdk --qmp unix:/a", "format=raw|qcow2"),
+            ("run --memory 1G --disk ,format=raw --qmp unix:/a", "the image's path"),
             ("run --memory 1G --qmp tcp:localhost:1", "Unix sockets only"),
             ("run --memory 1G --qmp unix:/a --incoming tcp:localhost", "the port is missing"),
             ("migrate --qmp unix:/a localhost:4444", "the scheme is unknown"),

@@ -33,6 +33,8 @@ use crate::interrupts::Interrupts;
 enum Outcome {
     Success,
     Interrupted,
+    /// The guest has ended, and this is the process's exit status.
+    GuestEnded(u8),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
     match carry_out(command) {
         Ok(Outcome::Success) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted) => ExitCode::from(130),
+        Ok(Outcome::GuestEnded(status)) => ExitCode::from(status),
         Err(error) => {
             terminal::note(&terminal::one_line(&error));
             ExitCode::FAILURE

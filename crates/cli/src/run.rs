@@ -24,10 +24,14 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
         tie_to_parent(parent)?;
     }
     args.machine.check(args.workload.as_ref(), args.payload.as_ref()).map_err(|mistake| anyhow!(mistake))?;
-    let vm = match args.machine {
-        MachineKind::Synthetic => make(args)?,
-        MachineKind::Kvm => make_kvm(args)?,
+    let (vm, guest_end) = match args.machine {
+        MachineKind::Synthetic if !args.devices.is_empty() => {
+            bail!("--serial and --disk are for --machine kvm")
+        }
+        MachineKind::Synthetic => (make(args)?, None),
+        MachineKind::Kvm => make_kvm(args).map(|(vm, end)| (vm, Some(end)))?,
     };
+    let guest_end = || guest_end.as_ref().and_then(|end| end());
     let mut state = match &args.incoming {
         None => {
             vm.cont().context("could not start the guest")?;
@@ -49,8 +53,13 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     state.push_str(&format!("; QMP at unix:{}", args.qmp.display()));
     terminal::out(&state)?;
     let mut teller = Teller::default();
-    while !interrupts.arrived() && !vm.wait_for_quit(Duration::from_millis(50)) {
+    let mut guest_ended = None;
+    while !interrupts.arrived() && guest_ended.is_none() && !vm.wait_for_quit(Duration::from_millis(50)) {
         teller.look(vm.report().as_ref());
+        guest_ended = guest_end();
+    }
+    if let Some(end) = &guest_ended {
+        terminal::note(&end.line);
     }
     if interrupts.arrived() {
         terminal::note("asked to end");
@@ -62,8 +71,20 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
         ));
     }
     drop(server);
+    if let Some(end) = guest_ended {
+        return Ok(Outcome::GuestEnded(end.status));
+    }
     Ok(if interrupts.by_keyboard() { Outcome::Interrupted } else { Outcome::Success })
 }
+
+/// How a guest has ended by itself.
+struct GuestEnd {
+    line: String,
+    status: u8,
+}
+
+/// Tells whether the guest has ended by itself.
+type LookForEnd = Box<dyn Fn() -> Option<GuestEnd>>;
 
 fn size(args: &Run) -> String {
     let plural = if args.vcpus == 1 { "" } else { "s" };
@@ -104,14 +125,14 @@ fn make(args: &Run) -> Result<Arc<Vm>> {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn make_kvm(args: &Run) -> Result<Arc<Vm>> {
-    use dunlin_machines::{KvmConfig, KvmMachine};
+fn make_kvm(args: &Run) -> Result<(Arc<Vm>, LookForEnd)> {
+    use dunlin_machines::{Ended, KvmConfig, KvmMachine};
     let failed = || format!("could not make a machine of {} on KVM", size(args));
     let machine = if args.incoming.is_some() {
         if args.payload.is_some() || args.fill.is_some() {
             terminal::note("--payload and --fill say nothing here: they come with the guest");
         }
-        KvmMachine::empty(args.memory, args.vcpus, args.hugepages)
+        KvmMachine::empty(args.memory, args.vcpus, args.hugepages, &args.devices.config())
     } else {
         KvmMachine::new(&KvmConfig {
             memory_bytes: args.memory,
@@ -121,12 +142,25 @@ fn make_kvm(args: &Run) -> Result<Arc<Vm>> {
             fill: args.fill().map_err(|error| anyhow!(error))?,
             backing: args.hugepages,
             seed: args.seed,
+            devices: args.devices.config(),
         })
     };
-    Ok(controlled(args, machine.with_context(failed)?, |machine| {
+    let machine = machine.with_context(failed)?;
+    let ending = machine.clone();
+    let end = move || {
+        let ended = ending.ended()?;
+        let status = match ended {
+            Ended::Exit { value } => u8::try_from(value).unwrap_or(u8::MAX),
+            Ended::Reset | Ended::Halted => 0,
+            _ => 1,
+        };
+        Some(GuestEnd { line: ended.to_string(), status })
+    };
+    let vm = controlled(args, machine, |machine| {
         let report = machine.verify()?;
         finding(report.is_good(), &report)
-    }))
+    });
+    Ok((vm, Box::new(end)))
 }
 
 /// A machine under a monitor, with its guest here or on its way in.
@@ -145,7 +179,7 @@ fn finding(good: bool, report: &(impl ToString + Serialize)) -> Result<Verificat
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn make_kvm(_: &Run) -> Result<Arc<Vm>> {
+fn make_kvm(_: &Run) -> Result<(Arc<Vm>, LookForEnd)> {
     bail!("--machine kvm is for x86-64 only; use --machine synthetic")
 }
 

@@ -11,11 +11,13 @@
 pub mod kvm;
 pub mod synthetic;
 
+mod device_config;
 mod gate;
 mod payload;
 mod sections;
 
+pub use device_config::{DeviceConfig, DiskAccess, DiskConfig, DiskFormat, NetConfig, SerialTarget};
 #[cfg(target_arch = "x86_64")]
-pub use kvm::{CpuModel, CpuModelError, KvmConfig, KvmError, KvmMachine, KvmReport};
+pub use kvm::{CpuModel, CpuModelError, Ended, KvmConfig, KvmError, KvmMachine, KvmReport};
 pub use payload::{MemoryJob, Payload, PayloadError};
 pub use synthetic::{Backing, Fault, Fill, SyntheticConfig, SyntheticError, SyntheticMachine, VerifyReport, Workload};

@@ -122,6 +122,44 @@ pub enum KvmError {
         /// Why.
         why: String,
     },
+    /// A device could not be used.
+    #[error("could not {doing} {device}: {source}")]
+    Device {
+        /// Which.
+        device: String,
+        /// What was being done.
+        doing: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// More devices than there are interrupt lines.
+    #[error("{devices} devices: there is room for {room}")]
+    TooManyDevices {
+        /// What was asked for.
+        devices: usize,
+        /// What there is.
+        room: usize,
+    },
+    /// The source has other devices.
+    #[error("the source has these devices: {theirs}; this machine has: {ours}")]
+    OtherDevices {
+        /// At the source.
+        theirs: String,
+        /// Here.
+        ours: String,
+    },
+    /// A device differs.
+    #[error("{device}: its {property} is {theirs} at the source and {ours} here")]
+    OtherDevice {
+        /// Which.
+        device: String,
+        /// In what.
+        property: String,
+        /// At the source.
+        theirs: String,
+        /// Here.
+        ours: String,
+    },
     /// The state of another machine does not fit.
     #[error("device state: {0}")]
     State(#[from] StateError),

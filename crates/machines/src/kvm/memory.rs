@@ -61,6 +61,11 @@ impl Memory {
         self.addresses.get(block).copied().unwrap_or(0)
     }
 
+    /// The mappings, for devices.
+    pub(super) fn guest(&self) -> &GuestMemoryMmap {
+        &self.guest
+    }
+
     /// Where the guest's memory ends.
     pub(super) fn end(&self) -> u64 {
         let ends = self.slots.iter().map(|slot| slot.guest_address + slot.size_bytes);

@@ -4,6 +4,7 @@
 //! What is x86-64 of it is in `x86`. What must stay true: a vCPU's state is read and written only while its thread waits at
 //! the gate, out of KVM_RUN and with no instruction half done.
 
+mod devices;
 mod error;
 mod memory;
 mod vcpu;
@@ -14,15 +15,17 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use dunlin::memory::{DirtyTracker, KvmDirtyLog, Ram, RamBlock};
+use dunlin::memory::{DirtyBitmap, DirtyTracker, KvmDirtyLog, Ram, RamBlock};
 use dunlin::{Machine, MachineError, StateSection};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
+pub use devices::Ended;
 pub use error::KvmError;
 pub use verify::KvmReport;
 pub use x86::cpu::{CpuModel, CpuModelError};
 
+use devices::{Description, Devices, OwnWrites};
 use error::kvm;
 use memory::Memory;
 use vcpu::Vcpus;
@@ -30,6 +33,7 @@ use x86::cpu;
 use x86::features::{self, Leaf};
 use x86::{Host, Program, Progress, VcpuState, VmState};
 
+use crate::device_config::DeviceConfig;
 use crate::payload::MemoryJob;
 use crate::sections::{StateError, check_known, decode, find, same, section};
 use crate::synthetic::fill::fill_pages;
@@ -57,6 +61,8 @@ pub struct KvmConfig {
     pub backing: Backing,
     /// What RAM holds follows from it.
     pub seed: u64,
+    /// What the guest has besides.
+    pub devices: DeviceConfig,
 }
 
 /// What the machine is and does, once it is known.
@@ -72,7 +78,7 @@ struct Identity {
 /// A virtual machine of KVM.
 #[derive(Debug)]
 struct Hypervisor {
-    vm: VmFd,
+    vm: Arc<VmFd>,
     /// Something ran in it or was loaded into it: for another state there must be a new one.
     used: bool,
 }
@@ -82,6 +88,7 @@ struct Hypervisor {
 pub struct KvmMachine {
     // Dropped in this order: first the threads, last the memory that all stand on.
     vcpus: Vcpus,
+    devices: Devices,
     hypervisor: Mutex<Hypervisor>,
     kvm: Kvm,
     host: Host,
@@ -99,6 +106,7 @@ struct Profile {
     memory_bytes: u64,
     vcpus: u32,
     cpuid: Vec<Leaf>,
+    devices: Vec<Description>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -128,7 +136,7 @@ impl KvmMachine {
     /// # Errors
     /// When there is no KVM, the configuration is out of range, or KVM or the system refuses something.
     pub fn new(config: &KvmConfig) -> Result<Arc<Self>, KvmError> {
-        let machine = Self::empty(config.memory_bytes, config.vcpus, config.backing)?;
+        let machine = Self::empty(config.memory_bytes, config.vcpus, config.backing, &config.devices)?;
         let program =
             Program::new(config.payload.clone(), config.vcpus, machine.memory.low_bytes(), machine.sectors())?;
         for (number, block) in machine.memory.ram.blocks().iter().enumerate() {
@@ -158,7 +166,12 @@ impl KvmMachine {
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn empty(memory_bytes: u64, vcpus: u32, backing: Backing) -> Result<Arc<Self>, KvmError> {
+    pub fn empty(
+        memory_bytes: u64,
+        vcpus: u32,
+        backing: Backing,
+        devices: &DeviceConfig,
+    ) -> Result<Arc<Self>, KvmError> {
         let range = MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES;
         let page = backing.page_bytes();
         // Memory begins again at 4 GiB, so that the hole is a multiple of all pages.
@@ -171,17 +184,21 @@ impl KvmMachine {
         let kvm_fd = open()?;
         let mut host = Host::ask(&kvm_fd)?;
         let memory = Memory::new(memory_bytes, backing)?;
+        let writes: OwnWrites = memory.ram.blocks().iter().map(|block| DirtyBitmap::new(block.size_bytes())).collect();
+        let devices = Devices::new(devices, memory.guest(), writes)?;
         let (vm, fds) = build(&kvm_fd, &memory, vcpus)?;
+        devices.connect(vm.clone());
         if let Some(fd) = fds.first() {
             host.probe_msrs(fd)?;
         }
-        let threads =
-            Vcpus::start(vcpus).map_err(|source| KvmError::System { doing: "start a vCPU's thread", source })?;
+        let threads = Vcpus::start(vcpus, devices.bus())
+            .map_err(|source| KvmError::System { doing: "start a vCPU's thread", source })?;
         for (vcpu, fd) in threads.all().iter().zip(fds) {
             vcpu.replace(Some(fd));
         }
         Ok(Arc::new(Self {
             vcpus: threads,
+            devices,
             hypervisor: Mutex::new(Hypervisor { vm, used: false }),
             kvm: kvm_fd,
             host,
@@ -245,6 +262,16 @@ impl KvmMachine {
         self.noted(|progress| progress.ticks)
     }
 
+    /// How the guest has ended, if it has. It does nothing from then on.
+    pub fn ended(&self) -> Option<Ended> {
+        let ended = self.devices.bus().ended();
+        if ended.is_some() {
+            // One vCPU has ended it; the others do not know yet.
+            self.vcpus.interrupt();
+        }
+        ended
+    }
+
     /// Compares all of RAM with what it must hold after the steps that the vCPUs' registers say. A running machine is
     /// stopped meanwhile and goes on afterwards.
     ///
@@ -254,10 +281,14 @@ impl KvmMachine {
         let identity = self.identity()?;
         let _control = lock(&self.control);
         let was_running = self.vcpus.pause();
+        if was_running {
+            self.devices.halt();
+        }
         let report = self
             .found(&identity)
             .and_then(|found| verify::verify(&self.memory, &identity, found, |offset, to| self.read_disk(offset, to)));
         if was_running {
+            self.devices.go_on();
             self.vcpus.resume();
         }
         report
@@ -288,7 +319,7 @@ impl KvmMachine {
             "config" | "pit" | "clock" => section.instance == 0,
             "irqchip" => section.instance < x86::CHIPS.len() as u32,
             "vcpu" => section.instance < self.count,
-            _ => false,
+            _ => self.devices.knows(section),
         }
     }
 
@@ -322,6 +353,7 @@ impl KvmMachine {
         if std::mem::replace(&mut hypervisor.used, true) {
             self.vcpus.all().iter().for_each(|vcpu| vcpu.replace(None));
             let (vm, fds) = build(&self.kvm, &self.memory, self.count)?;
+            self.devices.connect(vm.clone());
             hypervisor.vm = vm;
             for (vcpu, fd) in self.vcpus.all().iter().zip(fds) {
                 vcpu.replace(Some(fd));
@@ -331,6 +363,7 @@ impl KvmMachine {
             x86::load_vcpu(vcpu.fd().as_ref().ok_or(KvmError::Empty)?, &self.host, state)?;
         }
         x86::load_vm(&hypervisor.vm, &state)?;
+        self.devices.load(sections)?;
         let cpuid = vcpus.into_iter().map(|vcpu| vcpu.cpuid).collect();
         self.identify(Identity { program, fill: config.fill, seed: config.seed, cpuid });
         Ok(())
@@ -352,8 +385,8 @@ fn create_vm(kvm_fd: &Kvm) -> Result<VmFd, KvmError> {
 }
 
 /// A VM over this memory with so many vCPUs, as they come out of reset.
-fn build(kvm_fd: &Kvm, memory: &Memory, vcpus: u32) -> Result<(VmFd, Vec<VcpuFd>), KvmError> {
-    let vm = create_vm(kvm_fd)?;
+fn build(kvm_fd: &Kvm, memory: &Memory, vcpus: u32) -> Result<(Arc<VmFd>, Vec<VcpuFd>), KvmError> {
+    let vm = Arc::new(create_vm(kvm_fd)?);
     memory.attach(&vm)?;
     x86::create_chips(&vm)?;
     let fds = (0..u64::from(vcpus)).map(|number| vm.create_vcpu(number).map_err(kvm("create a vCPU")));
@@ -370,14 +403,16 @@ impl Machine for KvmMachine {
         let hypervisor = lock(&self.hypervisor);
         // SAFETY: the descriptor is open as long as the lock is held.
         let vm = unsafe { BorrowedFd::borrow_raw(hypervisor.vm.as_raw_fd()) };
+        let writes = Some(self.devices.writes().clone());
         // SAFETY: these are the slots that the VM was given over this memory, which lives as long as the machine.
-        Ok(Box::new(unsafe { KvmDirtyLog::new(vm, &self.memory.ram, &self.memory.slots, None) }?))
+        Ok(Box::new(unsafe { KvmDirtyLog::new(vm, &self.memory.ram, &self.memory.slots, writes) }?))
     }
 
     fn profile(&self) -> Vec<u8> {
         let cpuid = self.identity().ok().and_then(|identity| identity.cpuid.into_iter().next()).unwrap_or_default();
         // Encoding into a growing vector does not fail.
-        let profile = Profile { memory_bytes: self.memory_bytes, vcpus: self.count, cpuid };
+        let devices = self.devices.describe();
+        let profile = Profile { memory_bytes: self.memory_bytes, vcpus: self.count, cpuid, devices };
         postcard::to_stdvec(&profile).unwrap_or_default()
     }
 
@@ -385,12 +420,19 @@ impl Machine for KvmMachine {
         let theirs: Profile = decode(profile, "profile", 0).map_err(KvmError::from)?;
         same("bytes of memory", theirs.memory_bytes, self.memory_bytes)?;
         same("vCPUs", u64::from(theirs.vcpus), u64::from(self.count))?;
+        self.devices.accept(&theirs.devices)?;
         Ok(self.check_features(&theirs.cpuid)?)
     }
 
     fn pause(&self) -> Result<(), MachineError> {
         let _control = lock(&self.control);
-        self.vcpus.pause();
+        let was_running = self.vcpus.pause();
+        if let Err(error) = self.devices.pause() {
+            if was_running && self.devices.resume().is_ok() {
+                self.vcpus.resume();
+            }
+            return Err(error.into());
+        }
         Ok(())
     }
 
@@ -399,6 +441,7 @@ impl Machine for KvmMachine {
         self.identity()?;
         self.check_vcpus()?;
         lock(&self.hypervisor).used = true;
+        self.devices.resume()?;
         self.vcpus.resume();
         Ok(())
     }
@@ -419,12 +462,14 @@ impl Machine for KvmMachine {
         }
         sections.push(section("pit", 0, &pit)?);
         sections.push(section("clock", 0, &clock)?);
+        sections.extend(self.devices.save()?);
         Ok(sections)
     }
 
     fn load(&self, sections: Vec<StateSection>) -> Result<(), MachineError> {
         let _control = lock(&self.control);
         self.vcpus.pause();
+        self.devices.pause()?;
         // Until all of it is there the machine is nobody's: what fails half-way must not run.
         *self.identity.write().unwrap_or_else(PoisonError::into_inner) = None;
         Ok(self.take_over(&sections)?)

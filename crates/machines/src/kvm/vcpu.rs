@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use super::devices::{Bus, Ended};
 use super::x86::PACE_PORT;
 use crate::gate::{Gate, Passage};
 
@@ -58,12 +59,12 @@ impl Vcpu {
     }
 
     /// Runs the guest until the gate is closed.
-    fn run(&self, gate: &Gate) {
+    fn run(&self, gate: &Gate, bus: &Bus) {
         let mut fd = self.fd();
         let ended = match &mut *fd {
             Some(fd) => {
                 let _kick = Kick::prepare(fd);
-                self.run_guest(fd, gate)
+                self.run_guest(fd, gate, bus)
             }
             None => Err("it has not been made".to_owned()),
         };
@@ -76,7 +77,7 @@ impl Vcpu {
         }
     }
 
-    fn run_guest(&self, fd: &mut VcpuFd, gate: &Gate) -> Result<(), String> {
+    fn run_guest(&self, fd: &mut VcpuFd, gate: &Gate, bus: &Bus) -> Result<(), String> {
         let mut pacer = Pacer { due: Instant::now(), pace: *lock(&self.pace) };
         let mut unfinished = false;
         loop {
@@ -84,10 +85,20 @@ impl Vcpu {
             if !gate.is_open() {
                 break;
             }
+            if bus.ended().is_some() {
+                gate.sleep(Instant::now() + Duration::from_secs(3600));
+                continue;
+            }
             let exit = fd.run();
             unfinished = exit.is_ok();
             match exit {
                 Ok(VcpuExit::IoOut(port, _)) if port == u16::from(PACE_PORT) => pacer.wait(gate),
+                Ok(VcpuExit::IoOut(port, data)) => bus.write_port(port, data, gate),
+                Ok(VcpuExit::IoIn(port, data)) => bus.read_port(port, data),
+                Ok(VcpuExit::MmioRead(address, data)) => bus.read_memory(address, data),
+                Ok(VcpuExit::MmioWrite(address, data)) => bus.write_memory(address, data),
+                Ok(VcpuExit::Shutdown) => bus.end(Ended::Shutdown),
+                Ok(VcpuExit::Hlt) => bus.end(Ended::Halted),
                 Ok(VcpuExit::Intr) => {}
                 Ok(VcpuExit::FailEntry(reason, _)) => {
                     return Err(format!("KVM could not enter the guest: {reason:#x}"));
@@ -191,16 +202,16 @@ pub(super) struct Vcpus {
 
 impl Vcpus {
     /// Starts the threads; they wait at a gate.
-    pub(super) fn start(count: u32) -> io::Result<Self> {
+    pub(super) fn start(count: u32, bus: &Arc<Bus>) -> io::Result<Self> {
         install_handler()?;
         let mut all = Self { vcpus: Vec::new(), threads: Vec::new(), gate: Arc::default() };
         for index in 0..count {
             let vcpu = Arc::new(Vcpu { fd: Mutex::default(), stopped: Mutex::default(), pace: Mutex::default() });
             all.vcpus.push(vcpu.clone());
-            let gate = all.gate.clone();
+            let (gate, bus) = (all.gate.clone(), bus.clone());
             all.threads.push(std::thread::Builder::new().name(format!("kvm vcpu {index}")).spawn(move || {
                 while gate.enter() == Passage::Run {
-                    vcpu.run(&gate);
+                    vcpu.run(&gate, &bus);
                     gate.leave();
                 }
             })?);
@@ -220,6 +231,11 @@ impl Vcpus {
     /// Stops all and waits until they have; tells whether they ran.
     pub(super) fn pause(&self) -> bool {
         self.gate.close_with(|| self.kick())
+    }
+
+    /// Has those in the guest come out and look at what has changed.
+    pub(super) fn interrupt(&self) {
+        self.kick();
     }
 
     fn kick(&self) {

@@ -1,0 +1,127 @@
+//! A disk image in a file, which both sides of a migration share.
+//!
+//! What must stay true: an image is opened for use only when no other machine runs on it, as nothing that was read before
+//! may be kept; and it is locked while its machine runs, so that no two machines run on it by mistake.
+
+use std::fmt;
+use std::fs;
+use std::io;
+
+use imago::file::File;
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Storage, StorageOpenOptions};
+
+use crate::device_config::{DiskAccess, DiskConfig, DiskFormat};
+
+/// A disk image.
+pub(super) struct Disk {
+    pub(super) config: DiskConfig,
+    /// Bytes that the guest sees.
+    pub(super) size: u64,
+    image: Option<FormatAccess<File>>,
+    lock: Option<fs::File>,
+}
+
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk").field("config", &self.config).field("size", &self.size).finish_non_exhaustive()
+    }
+}
+
+fn open(config: &DiskConfig, access: DiskAccess) -> io::Result<FormatAccess<File>> {
+    let write = access == DiskAccess::Writable;
+    let file = File::open(StorageOpenOptions::new().write(write).filename(&config.path))?;
+    // An image names other files only if who wrote it wanted so, which may have been a guest.
+    let gate = DenyImplicitOpenGate::default();
+    Ok(match config.format {
+        DiskFormat::Raw => FormatAccess::new(Raw::builder(file).write(write).open(gate)?),
+        DiskFormat::Qcow2 => FormatAccess::new(Qcow2::<File>::builder(file).write(write).open(gate)?),
+    })
+}
+
+impl Disk {
+    /// Looks at an image without keeping or writing anything.
+    pub(super) fn look(config: DiskConfig) -> io::Result<Self> {
+        let size = open(&config, DiskAccess::ReadOnly)?.size();
+        Ok(Self { config, size, image: None, lock: None })
+    }
+
+    /// Opens it for use, with nothing known from before.
+    pub(super) fn reopen(&mut self) -> io::Result<()> {
+        self.image = None;
+        let image = open(&self.config, self.config.access)?;
+        if image.size() != self.size {
+            let problem = format!("it has {} bytes now and had {} before", image.size(), self.size);
+            return Err(io::Error::other(problem));
+        }
+        self.image = Some(image);
+        Ok(())
+    }
+
+    /// Locks it, and opens it for use unless it is.
+    pub(super) fn acquire(&mut self) -> io::Result<()> {
+        if self.lock.is_none() {
+            let file = fs::File::open(&self.config.path)?;
+            let locked = match self.config.access {
+                DiskAccess::Writable => file.try_lock(),
+                DiskAccess::ReadOnly => file.try_lock_shared(),
+            };
+            match locked {
+                Ok(()) => self.lock = Some(file),
+                Err(fs::TryLockError::WouldBlock) => return Err(io::Error::other("another machine runs on it")),
+                Err(fs::TryLockError::Error(error)) => return Err(error),
+            }
+        }
+        if self.image.is_none() { self.reopen() } else { Ok(()) }
+    }
+
+    /// Makes others see all of it, and unlocks it.
+    pub(super) fn release(&mut self) -> io::Result<()> {
+        if let Some(image) = &self.image {
+            image.flush()?;
+        }
+        self.lock = None;
+        Ok(())
+    }
+
+    fn image(&mut self) -> io::Result<&mut FormatAccess<File>> {
+        self.image.as_mut().ok_or_else(|| io::Error::other("the image is not open"))
+    }
+
+    pub(super) fn read(&mut self, to: &mut [u8], offset: u64) -> io::Result<()> {
+        self.image()?.read(to, offset)
+    }
+
+    pub(super) fn write(&mut self, from: &[u8], offset: u64) -> io::Result<()> {
+        self.image()?.write(from, offset)
+    }
+
+    /// Has everything on the medium.
+    pub(super) fn sync(&mut self) -> io::Result<()> {
+        let image = self.image()?;
+        image.flush()?;
+        image.sync()
+    }
+
+    /// Says that what is there is not needed. Nothing may come of it.
+    pub(super) fn discard(&mut self, offset: u64, length: u64) -> io::Result<()> {
+        match self.image()?.discard_to_any(offset, length) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Has zeros there, and less room taken where that can be.
+    pub(super) fn zero_and_free(&mut self, offset: u64, length: u64) -> io::Result<()> {
+        match self.image()?.discard_to_zero(offset, length) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => self.zero(offset, length),
+            other => other,
+        }
+    }
+
+    /// Has zeros there.
+    pub(super) fn zero(&mut self, offset: u64, length: u64) -> io::Result<()> {
+        self.image()?.write_zeroes(offset, length)
+    }
+}
