@@ -9,7 +9,9 @@ use dunlin::units::{self, QuantityError};
 use dunlin::{Parameters, Uri, UriError};
 #[cfg(target_arch = "x86_64")]
 use dunlin_machines::CpuModel;
-use dunlin_machines::{Backing, DeviceConfig, DiskConfig, Fill, MemoryJob, Payload, SerialTarget, Workload};
+use dunlin_machines::{
+    Backing, DeviceConfig, DiskConfig, Fill, MemoryJob, NetConfig, Payload, SerialTarget, Workload,
+};
 use dunlin_monitor::parse_address;
 
 /// Live migration for virtual machines.
@@ -327,12 +329,19 @@ pub struct Devices {
     /// A disk of a machine on KVM; may be repeated. Both sides of a migration use the same image.
     #[arg(long, value_name = "PATH[,format=raw|qcow2][,readonly=on][,serial=TEXT]", value_parser = disk)]
     pub disk: Vec<DiskConfig>,
+    /// A network card of a machine on KVM, on a tap device of the host; may be repeated. The two sides of a migration have
+    /// tap devices of their own.
+    #[arg(long, value_name = "tap=NAME[,mac=ADDRESS]", value_parser = net)]
+    pub net: Vec<NetConfig>,
+    /// Give a machine on KVM a source of random numbers.
+    #[arg(long)]
+    pub rng: bool,
 }
 
 impl Devices {
     /// Whether none is asked for.
     pub fn is_empty(&self) -> bool {
-        self.serial.is_none() && self.disk.is_empty()
+        self.serial.is_none() && self.disk.is_empty() && self.net.is_empty() && !self.rng
     }
 
     /// As the machine takes them.
@@ -340,7 +349,8 @@ impl Devices {
         DeviceConfig {
             serial: self.serial.clone().unwrap_or_default(),
             disks: self.disk.clone(),
-            ..DeviceConfig::default()
+            nets: self.net.clone(),
+            rngs: u32::from(self.rng),
         }
     }
 }
@@ -454,6 +464,10 @@ fn disk(text: &str) -> Result<DiskConfig, String> {
     text.parse()
 }
 
+fn net(text: &str) -> Result<NetConfig, String> {
+    text.parse()
+}
+
 fn setting(text: &str) -> Result<Setting, String> {
     let (name, value) = text.split_once('=').ok_or("it is not NAME=VALUE, such as max-bandwidth=300M/s")?;
     let info = ParameterInfo::find(name.trim()).map_err(|error| error.to_string())?;
@@ -485,7 +499,7 @@ mod tests {
             "demo --memory 64M --vcpus 4 --workload idle --transport unix --set multifd-channels=8 --set max-bandwidth=50M/s --json",
             "demo --machine kvm --payload dirty:working-set=8M,rate=20M/s",
             "run --memory 64M --machine kvm --payload counter --qmp unix:/a",
-            "run --memory 64M --machine kvm --serial file:/b --disk /c --disk /d,format=qcow2,readonly=on,serial=x --qmp unix:/a",
+            "run --memory 64M --machine kvm --serial file:/b --disk /c --disk /d,format=qcow2,readonly=on,serial=x --rng --net tap=t --qmp unix:/a",
             "run --memory 1.5GiB --vcpus 2 --fill zero:100 --seed 7 --qmp unix:/a",
             "run --memory 2G --incoming tcp:[::1]:0 --qmp /a",
             "run --memory 2G --incoming defer --qmp unix:/a",

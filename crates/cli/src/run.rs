@@ -26,7 +26,7 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     args.machine.check(args.workload.as_ref(), args.payload.as_ref()).map_err(|mistake| anyhow!(mistake))?;
     let (vm, guest_end) = match args.machine {
         MachineKind::Synthetic if !args.devices.is_empty() => {
-            bail!("--serial and --disk are for --machine kvm")
+            bail!("--serial, --disk, --net and --rng are for --machine kvm")
         }
         MachineKind::Synthetic => (make(args)?, None),
         MachineKind::Kvm => make_kvm(args).map(|(vm, end)| (vm, Some(end)))?,

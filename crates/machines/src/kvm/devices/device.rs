@@ -32,8 +32,8 @@ pub(super) trait Device: Send {
     /// # Errors
     /// When the request makes no sense at all.
     fn handle(&mut self, queue: usize, chain: &Chain, ram: &GuestRam) -> Result<u32, Broken>;
-    /// What it waits for besides the guest.
-    fn wait(&self) -> Wait {
+    /// What it waits for besides the guest, after its queues were looked at.
+    fn wait(&mut self) -> Wait {
         Wait::Bell
     }
     /// The machine has been paused: others must see what was acknowledged.

@@ -430,7 +430,7 @@ impl Transport {
             }
             again &= bell.is_open();
         }
-        let live = lock(&self.live);
+        let mut live = lock(&self.live);
         if live.active { live.device.wait() } else { Wait::Bell }
     }
 

@@ -12,7 +12,10 @@ mod disk;
 mod interrupt;
 mod memory;
 mod mmio;
+mod net;
+mod rng;
 mod serial;
+mod tap;
 mod worker;
 
 use std::io;
@@ -34,6 +37,8 @@ use disk::Disk;
 use interrupt::{Interrupt, VmLines};
 use memory::GuestRam;
 use mmio::{Transport, TransportState};
+use net::Net;
+use rng::Rng;
 use serial::{PortState, SerialPort};
 use worker::Worker;
 
@@ -84,6 +89,12 @@ impl Devices {
             let looked = Disk::look(disk.clone()).map_err(failed(&name, "open"))?;
             devices.push((name, Box::new(Block::new(looked))));
         }
+        for net in &config.nets {
+            let name = format!("tap device {}", net.tap);
+            let card = Net::new(net).map_err(failed(&name, "open"))?;
+            devices.push((name, Box::new(card)));
+        }
+        devices.extend((0..config.rngs).map(|_| ("rng".to_owned(), Box::new(Rng) as Box<dyn Device>)));
         let room = LINES.count();
         if devices.len() > room {
             return Err(KvmError::TooManyDevices { devices: devices.len(), room });
