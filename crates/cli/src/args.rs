@@ -9,9 +9,7 @@ use dunlin::units::{self, QuantityError};
 use dunlin::{Parameters, Uri, UriError};
 #[cfg(target_arch = "x86_64")]
 use dunlin_machines::CpuModel;
-use dunlin_machines::{
-    Backing, DeviceConfig, DiskConfig, Fill, MemoryJob, NetConfig, Payload, SerialTarget, Workload,
-};
+use dunlin_machines::{Backing, DeviceConfig, DiskConfig, Fill, MemoryJob, NetConfig, Payload, SerialTarget, Workload};
 use dunlin_monitor::parse_address;
 
 /// Live migration for virtual machines.

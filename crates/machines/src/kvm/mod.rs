@@ -234,11 +234,7 @@ impl KvmMachine {
 
     /// Sectors of the first disk.
     fn sectors(&self) -> Option<u64> {
-        None
-    }
-
-    fn read_disk(&self, _offset: u64, _to: &mut [u8]) -> Result<(), KvmError> {
-        Err(KvmError::NoDisk { least: 0 })
+        self.devices.disk_bytes().map(|bytes| bytes / x86::SECTOR_BYTES as u64)
     }
 
     fn noted<T>(&self, part: impl Fn(Progress) -> T) -> Result<Vec<T>, KvmError> {
@@ -262,6 +258,14 @@ impl KvmMachine {
         self.noted(|progress| progress.ticks)
     }
 
+    /// Units of disk and serial work that the guest has counted in memory.
+    ///
+    /// # Errors
+    /// When memory cannot be read.
+    pub fn units(&self) -> Result<u64, KvmError> {
+        Ok(self.noted(|progress| progress.units)?.into_iter().sum())
+    }
+
     /// How the guest has ended, if it has. It does nothing from then on.
     pub fn ended(&self) -> Option<Ended> {
         let ended = self.devices.bus().ended();
@@ -282,13 +286,14 @@ impl KvmMachine {
         let _control = lock(&self.control);
         let was_running = self.vcpus.pause();
         if was_running {
-            self.devices.halt();
+            self.devices.pause()?;
         }
-        let report = self
-            .found(&identity)
-            .and_then(|found| verify::verify(&self.memory, &identity, found, |offset, to| self.read_disk(offset, to)));
+        let report = self.found(&identity).and_then(|found| {
+            let image = self.devices.image()?;
+            verify::verify(&self.memory, &identity, found, image.as_ref())
+        });
         if was_running {
-            self.devices.go_on();
+            self.devices.resume()?;
             self.vcpus.resume();
         }
         report

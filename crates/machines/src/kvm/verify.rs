@@ -5,6 +5,7 @@ use std::fmt;
 use dunlin::memory::RamBlock;
 use serde::Serialize;
 
+use super::devices::Image;
 use super::memory::Memory;
 use super::x86::{LOW_BYTES, Progress, SECTOR_BYTES, STORES, visit};
 use super::{Identity, KvmError};
@@ -77,7 +78,7 @@ pub(super) fn verify(
     memory: &Memory,
     identity: &Identity,
     found: Vec<Result<Progress, String>>,
-    read_disk: impl Fn(u64, &mut [u8]) -> Result<(), KvmError>,
+    image: Option<&Image>,
 ) -> Result<KvmReport, KvmError> {
     let mut report = KvmReport::default();
     let mut progress = Vec::new();
@@ -93,9 +94,9 @@ pub(super) fn verify(
         report.interval_ticks += intervals;
         report.units += units;
     }
-    if identity.program.payload.io {
+    if let Some(image) = image.filter(|_| identity.program.payload.io) {
         let units = progress.first().map_or(0, |progress| progress.units);
-        disk(identity, units, read_disk, &mut report)?;
+        disk(identity, units, image, &mut report)?;
     }
     let steps: Vec<u64> = progress.iter().map(|progress| progress.steps).collect();
     for (block, ram_block) in memory.ram.blocks().iter().enumerate() {
@@ -136,19 +137,15 @@ fn low(
 }
 
 /// The disk, which was all zeros at the start: every sector has the latest unit that was written to it.
-fn disk(
-    identity: &Identity,
-    units: u64,
-    read: impl Fn(u64, &mut [u8]) -> Result<(), KvmError>,
-    report: &mut KvmReport,
-) -> Result<(), KvmError> {
+fn disk(identity: &Identity, units: u64, image: &Image, report: &mut KvmReport) -> Result<(), KvmError> {
     let program = &identity.program;
     let mut piece = vec![0; PIECE_BYTES];
     let mut first = 0;
     while first < program.sectors {
         let sectors = (program.sectors - first).min((PIECE_BYTES / SECTOR_BYTES) as u64);
         let piece = piece.get_mut(..sectors as usize * SECTOR_BYTES).unwrap_or_default();
-        read(first * SECTOR_BYTES as u64, piece)?;
+        let offset = first * SECTOR_BYTES as u64;
+        image.read(piece, offset).map_err(|source| KvmError::System { doing: "read the disk", source })?;
         for (sector, found) in (first..).zip(piece.chunks(SECTOR_BYTES)) {
             report.sectors_checked += 1;
             let holds = |unit: u64| found.chunks(8).all(|word| word == unit.to_le_bytes());

@@ -1,6 +1,8 @@
 //! What the migration tests share: pairs of machines, a seeded random generator, and a proxy that does harm.
 #![allow(dead_code)]
 
+#[cfg(target_arch = "x86_64")]
+pub mod kvm;
 pub mod proxy;
 
 use std::sync::Arc;

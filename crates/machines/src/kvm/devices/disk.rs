@@ -40,10 +40,24 @@ fn open(config: &DiskConfig, access: DiskAccess) -> io::Result<FormatAccess<File
     })
 }
 
+/// An image as others see it, only to be read.
+pub(in crate::kvm) struct Image(FormatAccess<File>);
+
+impl Image {
+    pub(super) fn open(config: &DiskConfig) -> io::Result<Self> {
+        Ok(Self(open(config, DiskAccess::ReadOnly)?))
+    }
+
+    /// Reads all of `to` from `offset` on.
+    pub(in crate::kvm) fn read(&self, to: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read(to, offset)
+    }
+}
+
 impl Disk {
     /// Looks at an image without keeping or writing anything.
     pub(super) fn look(config: DiskConfig) -> io::Result<Self> {
-        let size = open(&config, DiskAccess::ReadOnly)?.size();
+        let size = Image::open(&config)?.0.size();
         Ok(Self { config, size, image: None, lock: None })
     }
 

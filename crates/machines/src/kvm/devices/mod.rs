@@ -29,6 +29,7 @@ use vm_memory::GuestMemoryMmap;
 pub use bus::Ended;
 
 pub(super) use bus::Bus;
+pub(super) use disk::Image;
 pub(super) use memory::OwnWrites;
 
 use block::Block;
@@ -43,7 +44,7 @@ use serial::{PortState, SerialPort};
 use worker::Worker;
 
 use super::KvmError;
-use crate::device_config::DeviceConfig;
+use crate::device_config::{DeviceConfig, DiskConfig};
 use crate::sections::{StateError, find, section};
 
 const SERIAL_SECTION: &str = "serial";
@@ -68,6 +69,8 @@ pub(super) struct Devices {
     workers: Vec<Worker>,
     bus: Arc<Bus>,
     lines: Arc<VmLines>,
+    /// The first disk and its size in bytes.
+    disk: Option<(DiskConfig, u64)>,
     /// What they have written to guest RAM.
     writes: OwnWrites,
 }
@@ -84,9 +87,11 @@ impl Devices {
         let ram = GuestRam::new(memory, &writes)
             .map_err(|source| KvmError::System { doing: "show the memory to devices", source })?;
         let mut devices: Vec<(String, Box<dyn Device>)> = Vec::new();
+        let mut first = None;
         for disk in &config.disks {
             let name = format!("disk {}", disk.path.display());
             let looked = Disk::look(disk.clone()).map_err(failed(&name, "open"))?;
+            first.get_or_insert((disk.clone(), looked.size));
             devices.push((name, Box::new(Block::new(looked))));
         }
         for net in &config.nets {
@@ -114,7 +119,7 @@ impl Devices {
         }
         let serial = SerialPort::new(&config.serial, Interrupt::new(lines.clone(), SERIAL_LINE))
             .map_err(failed(format!("serial port {}", config.serial), "open"))?;
-        Ok(Self { workers, bus: Arc::new(Bus::new(serial, transports)), lines, writes })
+        Ok(Self { workers, bus: Arc::new(Bus::new(serial, transports)), lines, disk: first, writes })
     }
 
     /// What answers the guest.
@@ -125,6 +130,19 @@ impl Devices {
     /// What they have written to guest RAM, a bitmap for each block.
     pub(super) fn writes(&self) -> &OwnWrites {
         &self.writes
+    }
+
+    /// Bytes of the first disk.
+    pub(super) fn disk_bytes(&self) -> Option<u64> {
+        self.disk.as_ref().map(|(_, bytes)| *bytes)
+    }
+
+    /// The first disk's image, as any other process would find it. The devices have been paused.
+    pub(super) fn image(&self) -> Result<Option<Image>, KvmError> {
+        let open = |(config, _): &(DiskConfig, u64)| {
+            Image::open(config).map_err(failed(format!("disk {}", config.path.display()), "look at"))
+        };
+        self.disk.as_ref().map(open).transpose()
     }
 
     /// From now on their interrupts go to this VM.
@@ -148,14 +166,12 @@ impl Devices {
         self.each("write out", Transport::pause)
     }
 
-    /// Stops the workers for a look at the memory; images stay as they are.
-    pub(super) fn halt(&self) {
+    fn halt(&self) {
         self.bus.serial.pause();
         self.workers.iter().for_each(Worker::pause);
     }
 
-    /// After such a look.
-    pub(super) fn go_on(&self) {
+    fn go_on(&self) {
         self.workers.iter().for_each(Worker::resume);
         self.bus.serial.resume();
     }
