@@ -196,9 +196,9 @@ pub struct Demo {
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     pub vcpus: u32,
-    /// What runs the guest.
-    #[arg(long, value_enum, default_value_t = MachineKind::Synthetic)]
-    pub machine: MachineKind,
+    /// What runs the guest [default: kvm where /dev/kvm can be used and no --workload is given].
+    #[arg(long, value_enum)]
+    pub machine: Option<MachineKind>,
     /// The CPU of a machine on KVM: `x86-64`, `x86-64-v2` and `x86-64-v3` are the same on every host of one vendor, `host`
     /// is all that this one can give.
     #[arg(long, value_name = "MODEL", default_value_t = CpuModel::default())]

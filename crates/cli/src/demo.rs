@@ -1,8 +1,10 @@
-//! `dunlin demo`: two machines' processes, a migration between them, and the proof that nothing was lost.
+//! `dunlin demo`: two machines' processes, a migration between them, and the proof that nothing was lost: no page, no sector
+//! of the disk, no line of the serial port.
 //!
 //! What must stay true: however this ends, the two processes end with it. They are ended and waited for when their
 //! [`Machine`] is dropped; if this process is killed, the kernel kills them.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -17,6 +19,7 @@ use dunlin::{Status, Uri};
 use dunlin_machines::Workload;
 use dunlin_monitor::{Client, ClientError, uri_of_socket_address};
 use rustix::process::{Pid, Signal};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::Outcome;
@@ -33,6 +36,10 @@ use crate::terminal;
 const START_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long the guest runs before it is migrated.
 const RUN_FIRST: Duration = Duration::from_millis(500);
+/// How long it runs at the destination before it is verified.
+const RUN_AFTER: Duration = Duration::from_millis(200);
+/// The disk of a machine on KVM.
+const DISK_BYTES: u64 = 1 << 20;
 /// How long the destination may take to know what the source knows.
 const AGREE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a process may take to end before it is killed.
@@ -43,21 +50,45 @@ struct Shown {
     ended: Ended,
     /// The destination's finding, if the migration completed.
     verification: Option<Value>,
+    /// What the guest has printed, if it prints.
+    lines: Option<Lines>,
+}
+
+/// What a guest has printed on both sides together.
+#[derive(Debug, Serialize)]
+struct Lines {
+    /// Each line is there once and in order.
+    good: bool,
+    /// Lines, the last of which may be unfinished.
+    lines: usize,
+    /// Of these, printed at the source.
+    source: usize,
+    /// Units of work that the guest has done, a line each.
+    units: u64,
+}
+
+impl fmt::Display for Lines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { good, lines, source, units } = self;
+        let verdict = if *good { "each line was printed once" } else { "not each line was printed once" };
+        write!(f, "{verdict}: {lines} lines for {units} units of work, {source} of them at the source")
+    }
 }
 
 pub fn demo(args: &Demo, interrupts: &Interrupts) -> Result<Outcome> {
-    args.machine.check(args.workload.as_ref(), args.payload.as_ref()).map_err(|mistake| anyhow!(mistake))?;
+    let kind = choose(args)?;
     let directory = tempfile::Builder::new().prefix("dunlin-demo-").tempdir();
     let directory = directory.context("could not make a temporary directory; see TMPDIR")?;
     // Dropped in reverse order: the machines end before their directory goes.
     let mut progress = Progress::new();
     progress.say(&format!("making two machines of {}", format_size(args.memory)));
-    let mut destination = Machine::start("destination", directory.path(), &destination_arguments(args))?;
-    let mut source = Machine::start("source", directory.path(), &source_arguments(args)?)?;
-    let result = migrate(args, directory.path(), &mut source, &mut destination, interrupts, &mut progress);
+    let mut destination =
+        Machine::start("destination", directory.path(), &destination_arguments(args, kind, directory.path())?)?;
+    let mut source = Machine::start("source", directory.path(), &source_arguments(args, kind, directory.path())?)?;
+    let result = migrate(args, kind, directory.path(), &mut source, &mut destination, interrupts, &mut progress);
     progress.finish();
     match result {
-        Ok(Some(result)) => tell(args, result),
+        Ok(Some(result)) => tell(args, kind, result),
         Ok(None) => {
             terminal::note("interrupted before the migration; ending both machines");
             Ok(Outcome::Interrupted)
@@ -77,23 +108,68 @@ fn with_ending(error: anyhow::Error, machines: [&mut Machine; 2]) -> anyhow::Err
     }
 }
 
-fn common_arguments(args: &Demo) -> Vec<String> {
+/// What runs the guest, said to the user unless it was asked for.
+fn choose(args: &Demo) -> Result<MachineKind> {
+    let kind = match args.machine {
+        Some(kind) => kind,
+        None => {
+            let (kind, why) = usual_machine(args);
+            terminal::note(&format!("machine {}: {why}", kind.name()));
+            kind
+        }
+    };
+    kind.check(args.workload.as_ref(), args.payload.as_ref()).map_err(|mistake| anyhow!(mistake))?;
+    Ok(kind)
+}
+
+#[cfg(target_arch = "x86_64")]
+fn usual_machine(args: &Demo) -> (MachineKind, String) {
+    if args.workload.is_some() {
+        return (MachineKind::Synthetic, "--workload is for it".to_owned());
+    }
+    match dunlin_machines::KvmMachine::available() {
+        Ok(()) => (MachineKind::Kvm, "/dev/kvm can be used".to_owned()),
+        Err(error) => (MachineKind::Synthetic, error.to_string()),
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn usual_machine(_: &Demo) -> (MachineKind, String) {
+    (MachineKind::Synthetic, "machines on KVM are for x86-64 only".to_owned())
+}
+
+/// A disk, which both processes share, and a file for the serial port, one each.
+fn device_arguments(directory: &Path, side: &str) -> Result<Vec<String>> {
+    let disk = directory.join("disk.raw");
+    File::create(&disk).and_then(|file| file.set_len(DISK_BYTES)).context("could not make the guest's disk")?;
+    let serial = format!("file:{}", serial_of(directory, side).display());
+    Ok(vec!["--disk".to_owned(), disk.display().to_string(), "--serial".to_owned(), serial])
+}
+
+fn serial_of(directory: &Path, side: &str) -> PathBuf {
+    directory.join(format!("{side}.serial"))
+}
+
+fn common_arguments(args: &Demo, kind: MachineKind, directory: &Path, side: &str) -> Result<Vec<String>> {
     let (memory, vcpus, hugepages) = (args.memory.to_string(), args.vcpus.to_string(), args.hugepages.to_string());
-    let arguments =
-        ["--memory", &memory, "--vcpus", &vcpus, "--hugepages", &hugepages, "--machine", args.machine.name()];
-    arguments.map(str::to_owned).to_vec()
+    let arguments = ["--memory", &memory, "--vcpus", &vcpus, "--hugepages", &hugepages, "--machine", kind.name()];
+    let mut arguments = arguments.map(str::to_owned).to_vec();
+    if kind == MachineKind::Kvm {
+        arguments.extend(device_arguments(directory, side)?);
+    }
+    Ok(arguments)
 }
 
 /// It is told where to listen when it knows its parameters.
-fn destination_arguments(args: &Demo) -> Vec<String> {
-    let mut arguments = common_arguments(args);
+fn destination_arguments(args: &Demo, kind: MachineKind, directory: &Path) -> Result<Vec<String>> {
+    let mut arguments = common_arguments(args, kind, directory, "destination")?;
     arguments.extend(["--incoming".to_owned(), "defer".to_owned()]);
-    arguments
+    Ok(arguments)
 }
 
-fn source_arguments(args: &Demo) -> Result<Vec<String>> {
-    let mut arguments = common_arguments(args);
-    let does = match args.machine {
+fn source_arguments(args: &Demo, kind: MachineKind, directory: &Path) -> Result<Vec<String>> {
+    let mut arguments = common_arguments(args, kind, directory, "source")?;
+    let does = match kind {
         MachineKind::Synthetic => {
             let workload = args.workload.clone().map_or_else(|| usual_workload(args.memory), Ok)?;
             ["--workload".to_owned(), workload.to_string()]
@@ -119,12 +195,13 @@ fn usual_workload(memory_bytes: u64) -> Result<Workload> {
 
 /// What a guest on KVM does unless something else is asked.
 fn usual_payload(memory_bytes: u64) -> String {
-    format!("dirty:working-set={}", ((memory_bytes / 4).min(16 << 20) & !4095).max(4096))
+    format!("dirty:working-set={}+io+timer", ((memory_bytes / 4).min(16 << 20) & !4095).max(4096))
 }
 
 /// The whole way; nothing if interrupted before the migration began.
 fn migrate(
     args: &Demo,
+    kind: MachineKind,
     directory: &Path,
     source: &mut Machine,
     destination: &mut Machine,
@@ -143,12 +220,40 @@ fn migrate(
     at_source.execute("migrate", json!({"uri": uri.to_string()})).context("could not start the migration")?;
     let ended = following::follow(&mut at_source, interrupts, progress)?;
     if ended.report.status != Status::Completed {
-        return Ok(Some(Shown { ended, verification: None }));
+        return Ok(Some(Shown { ended, verification: None, lines: None }));
     }
-    progress.say("verifying every page at the destination");
     agree(&mut at_source, &mut at_destination)?;
+    if interrupts.sleep(RUN_AFTER) {
+        progress.note("interrupted after the migration; verifying all the same");
+    }
+    progress.say("verifying everything at the destination");
+    // Stopped, so that what it has printed is what it has done.
+    at_destination.execute("stop", json!({})).context("could not pause the guest to verify it")?;
     let verification = verify_machine(&mut at_destination)?;
-    Ok(Some(Shown { ended, verification: Some(verification) }))
+    let lines = match kind {
+        MachineKind::Kvm => count_lines(directory, &verification)?,
+        MachineKind::Synthetic => None,
+    };
+    Ok(Some(Shown { ended, verification: Some(verification), lines }))
+}
+
+/// Checks what the guest has printed, first at the source and then at the destination, against the units of work that it has
+/// done: the number of each, once and in order, and at most one more. Tells how many lines there are.
+fn count_lines(directory: &Path, verification: &Value) -> Result<Option<Lines>> {
+    let units = verification.get("units").and_then(Value::as_u64).unwrap_or(0);
+    if units == 0 {
+        return Ok(None);
+    }
+    let [before, after] = ["source", "destination"].map(|side| {
+        let path = serial_of(directory, side);
+        fs::read_to_string(&path).with_context(|| format!("could not read what the guest printed at the {side}"))
+    });
+    let (before, after) = (before?, after?);
+    let printed = format!("{before}{after}");
+    let expected: String = (1..=units.saturating_add(1)).map(|unit| format!("{unit:016x}\n")).collect();
+    let lines = printed.lines().count();
+    let good = expected.starts_with(&printed) && printed.matches('\n').count() as u64 >= units;
+    Ok(Some(Lines { good, source: before.lines().count(), lines, units }))
 }
 
 fn listen(transport: Transport, directory: &Path, at_destination: &mut Client) -> Result<Uri> {
@@ -185,25 +290,35 @@ fn agree(at_source: &mut Client, at_destination: &mut Client) -> Result<()> {
     }
 }
 
-fn tell(args: &Demo, result: Shown) -> Result<Outcome> {
-    let Shown { mut ended, verification } = result;
-    let verified = verification.as_ref().is_some_and(is_verified);
+fn tell(args: &Demo, kind: MachineKind, result: Shown) -> Result<Outcome> {
+    let Shown { mut ended, verification, lines } = result;
+    let verified = verification.as_ref().is_some_and(is_verified) && lines.as_ref().is_none_or(|lines| lines.good);
+    let finding = |verification: &Value| match &lines {
+        Some(lines) => format!("{}; {lines}", summary(verification)),
+        None => summary(verification).to_owned(),
+    };
     // The error goes to standard error, once.
     let failure = following::failure(&ended.report);
     ended.report.error = None;
     if args.json {
-        let object = json!({"verified": verified, "report": ended.json, "verification": verification});
+        let object = json!({
+            "verified": verified,
+            "machine": kind.name(),
+            "report": ended.json,
+            "verification": verification,
+            "lines": lines,
+        });
         terminal::out(&connection::pretty(&object))?;
     } else {
         let mut text = print::report(&ended.report);
         if let (true, Some(verification)) = (verified, &verification) {
-            text.push_str(&format!("verified: {}\n", summary(verification)));
+            text.push_str(&format!("verified: {}\n", finding(verification)));
         }
         terminal::out(&text)?;
     }
     match (verification, ended.interrupted) {
         (Some(verification), _) if !verified => {
-            bail!("the guest's memory at the destination is not what it must be: {}", summary(&verification))
+            bail!("the guest at the destination is not what it must be: {}", finding(&verification))
         }
         (Some(_), true) => {
             terminal::note("too late to cancel: the guest was at the destination; ended both machines");

@@ -28,6 +28,21 @@ pub(super) const SPURIOUS_VECTORS: [u8; 3] = [INTERVAL_VECTOR + 7, INTERVAL_VECT
 
 std::arch::global_asm!(
     ".pushsection .rodata.dunlin_guest, \"a\"",
+    // Seen by all of this crate, whatever object file that becomes, and by nobody else.
+    ".globl dunlin_guest_start",
+    ".hidden dunlin_guest_start",
+    ".globl dunlin_guest_timer",
+    ".hidden dunlin_guest_timer",
+    ".globl dunlin_guest_interval",
+    ".hidden dunlin_guest_interval",
+    ".globl dunlin_guest_disk",
+    ".hidden dunlin_guest_disk",
+    ".globl dunlin_guest_spurious",
+    ".hidden dunlin_guest_spurious",
+    ".globl dunlin_guest_unexpected",
+    ".hidden dunlin_guest_unexpected",
+    ".globl dunlin_guest_end",
+    ".hidden dunlin_guest_end",
     "dunlin_guest_start:",
     // A vCPU that takes no interrupts goes to its memory job at once.
     "    test byte ptr [r8 + {JOBS}], {TIMER} | {IO}",
