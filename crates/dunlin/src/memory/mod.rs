@@ -9,7 +9,7 @@
 
 mod bitmap;
 mod block;
-mod kvm_log;
+mod kvm;
 mod pagemap;
 mod tracker;
 mod userfault;
@@ -17,7 +17,7 @@ mod write_protect;
 
 pub use bitmap::DirtyBitmap;
 pub use block::{MemoryError, Ram, RamBlock, RamMapping};
-pub use kvm_log::{KvmDirtyLog, KvmSlot};
+pub use kvm::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmRingSize, KvmSlot};
 pub use tracker::{DirtyTracker, TrackerError};
 pub use write_protect::WriteProtectTracker;
 

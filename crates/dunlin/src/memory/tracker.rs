@@ -16,7 +16,9 @@ use super::DirtyBitmap;
 ///
 /// What must stay true of an implementation: a write that ends before `rearm` begins is in the bitmap when it
 /// returns; a write that begins after `rearm` returns is in the bitmap after the next `rearm` or `sync`; a write in
-/// between is in one of them at least. Pages that were not written may be reported, written ones never left out.
+/// between is in one of them at least. Pages that were not written may be reported, written ones never left out. While
+/// the guest runs, a write may be held back in a buffer of its processor and come with a later call; the first call after
+/// it has been paused has all.
 pub trait DirtyTracker: Send + Sync {
     /// Begins: from here on every write to a page that has been re-armed is seen. Called once, with the guest running.
     ///
@@ -62,6 +64,17 @@ pub enum TrackerError {
     /// KVM's dirty log cannot be cleared piece by piece.
     #[error("this kernel's KVM has no dirty log with manual protection; Linux 5.2 or later is needed")]
     NoManualDirtyLog,
+    /// KVM has no dirty rings.
+    #[error("this kernel's KVM has no dirty rings; Linux 5.11 or later is needed, or use the dirty log")]
+    NoDirtyRing,
+    /// Another tracker of the same VM has been started and not stopped.
+    #[error("the dirty rings of this VM are in use by another tracker")]
+    RingsInUse,
+    /// KVM wrote over entries that nobody had read.
+    #[error(
+        "KVM put more pages into a vCPU's dirty ring than it holds, so that not all pages written are known any more;          use the dirty log with this KVM"
+    )]
+    RingOverflow,
     /// A memory slot that is not a piece of its block in whole chunks.
     #[error(
         "memory slot {slot}, {size_bytes} bytes at {offset} of RAM block {block}: it must lie in the block, begin at a \

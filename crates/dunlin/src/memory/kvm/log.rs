@@ -1,4 +1,4 @@
-//! Dirty tracking by KVM: the dirty log of memory slots, with manual protection.
+//! KVM's dirty log of memory slots, with manual protection.
 //!
 //! With `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` a look at the log (`KVM_GET_DIRTY_LOG`) changes nothing, and bits are cleared
 //! and pages protected again only where and when asked (`KVM_CLEAR_DIRTY_LOG`): here for a chunk, just before it is
@@ -17,29 +17,16 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{CHUNK_SIZE, DirtyBitmap, DirtyTracker, PAGE_SIZE, Ram, TrackerError};
+use super::super::{CHUNK_SIZE, DirtyBitmap, DirtyTracker, PAGE_SIZE, Ram, TrackerError};
+use super::sys::{self, Vm};
+use super::{KvmSlot, Switch, about, index, machine};
 
 /// Bytes of a block that a word of a bitmap stands for.
 const WORD_BYTES: u64 = u64::BITS as u64 * PAGE_SIZE;
-
-/// A memory slot of a VM: a piece of a RAM block, as it was given to KVM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KvmSlot {
-    /// Its number.
-    pub slot: u32,
-    /// Where the guest has it.
-    pub guest_address: u64,
-    /// Number of the RAM block that it is of.
-    pub block: usize,
-    /// Where in the block it begins, in bytes; a multiple of 2 MiB.
-    pub offset: u64,
-    /// Its length in bytes; a multiple of 2 MiB unless it is the block's last slot. At most 1 GiB is best.
-    pub size_bytes: u64,
-}
 
 /// What is asked of the kernel.
 trait Log: Send + Sync + std::fmt::Debug {
@@ -53,12 +40,6 @@ trait Log: Send + Sync + std::fmt::Debug {
     fn get(&self, slot: u32, words: &mut [u64]) -> io::Result<()>;
     /// Clears what `words` says from `first_page` of a slot on, and protects it.
     fn clear(&self, slot: u32, first_page: u64, pages: u32, words: &[u64]) -> io::Result<()>;
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Switch {
-    On,
-    Off,
 }
 
 #[derive(Debug)]
@@ -99,12 +80,7 @@ impl KvmDirtyLog {
         slots: &[KvmSlot],
         own_writes: Option<Arc<[DirtyBitmap]>>,
     ) -> Result<Self, TrackerError> {
-        let fd = vm.try_clone_to_owned().map_err(|source| TrackerError::Kernel {
-            doing: "duplicate the KVM descriptor for",
-            block: "of the machine".to_owned(),
-            source,
-        })?;
-        Self::on(Box::new(Kernel(fd)), ram, slots, own_writes)
+        Self::on(Box::new(Vm::new(vm)?), ram, slots, own_writes)
     }
 
     fn on(
@@ -123,11 +99,8 @@ impl KvmDirtyLog {
         Ok(Self { ram: ram.clone(), log, slots, own_writes, started: AtomicBool::new(false) })
     }
 
-    fn failed<'a>(&'a self, doing: &'static str, slot: &'a Slot) -> impl FnOnce(io::Error) -> TrackerError + 'a {
-        move |source| {
-            let name = self.ram.blocks().get(slot.slot.block).map_or_else(String::new, |block| block.name().to_owned());
-            TrackerError::Kernel { doing, block: name, source }
-        }
+    fn failed(&self, doing: &'static str, slot: &Slot) -> impl FnOnce(io::Error) -> TrackerError {
+        about(doing, &self.ram, slot.slot.block)
     }
 
     fn slots_of(&self, block: usize) -> Result<impl Iterator<Item = &Slot>, TrackerError> {
@@ -178,20 +151,7 @@ impl KvmDirtyLog {
 
 impl Slot {
     fn new(slot: KvmSlot, ram: &Ram) -> Result<Self, TrackerError> {
-        let blocks = ram.blocks();
-        let block =
-            blocks.get(slot.block).ok_or(TrackerError::UnknownBlock { block: slot.block, blocks: blocks.len() })?;
-        let end = slot.offset.checked_add(slot.size_bytes).filter(|end| *end <= block.size_bytes());
-        let fits = end.is_some_and(|end| {
-            slot.size_bytes > 0
-                && slot.offset.is_multiple_of(CHUNK_SIZE)
-                && (end == block.size_bytes() || end.is_multiple_of(CHUNK_SIZE))
-        });
-        if !fits {
-            let KvmSlot { slot, offset, size_bytes, .. } = slot;
-            return Err(TrackerError::Slot { slot, block: block.name().to_owned(), offset, size_bytes });
-        }
-        let address = block.host_range().start.saturating_add(slot.offset);
+        let address = slot.address(ram)?;
         let chunks = index(slot.size_bytes.div_ceil(CHUNK_SIZE));
         let words = vec![0; index(slot.size_bytes.div_ceil(WORD_BYTES))].into_boxed_slice();
         let armed = std::iter::repeat_with(AtomicBool::default).take(chunks).collect();
@@ -206,26 +166,18 @@ impl Slot {
     }
 }
 
-fn index(number: u64) -> usize {
-    usize::try_from(number).unwrap_or(usize::MAX)
-}
-
 impl DirtyTracker for KvmDirtyLog {
     fn start(&self) -> Result<(), TrackerError> {
         /// Manual protection, and all bits set at the start: the alternative protects all of RAM at once.
         const WANTED: u64 = 3;
         /// Manual protection alone.
         const LEAST: u64 = 1;
-        let machine = |source| TrackerError::Kernel {
-            doing: "turn on manual protection in KVM's dirty log for",
-            block: "of the machine".to_owned(),
-            source,
-        };
-        let supported = self.log.supported().map_err(machine)?;
+        let machine = machine("turn on manual protection in KVM's dirty log for");
+        let supported = self.log.supported().map_err(&machine)?;
         if supported & LEAST == 0 {
             return Err(TrackerError::NoManualDirtyLog);
         }
-        self.log.enable(supported & WANTED).map_err(machine)?;
+        self.log.enable(supported & WANTED).map_err(&machine)?;
         self.started.store(true, Ordering::Release);
         for slot in &self.slots {
             slot.armed.iter().for_each(|armed| armed.store(false, Ordering::Relaxed));
@@ -283,139 +235,28 @@ impl Drop for KvmDirtyLog {
     }
 }
 
-/// The log of a VM, by its descriptor.
-#[derive(Debug)]
-struct Kernel(OwnedFd);
-
-/// The interface, as in Linux's `include/uapi/linux/kvm.h`.
-mod sys {
-    use rustix::ioctl::{Opcode, opcode};
-
-    const KVMIO: u8 = 0xAE;
-
-    /// `struct kvm_userspace_memory_region`
-    #[repr(C)]
-    pub(super) struct MemoryRegion {
-        pub(super) slot: u32,
-        pub(super) flags: u32,
-        pub(super) guest_phys_addr: u64,
-        pub(super) memory_size: u64,
-        pub(super) userspace_addr: u64,
-    }
-
-    /// `struct kvm_dirty_log`
-    #[repr(C)]
-    pub(super) struct DirtyLog {
-        pub(super) slot: u32,
-        pub(super) padding: u32,
-        pub(super) dirty_bitmap: u64,
-    }
-
-    /// `struct kvm_clear_dirty_log`
-    #[repr(C)]
-    pub(super) struct ClearDirtyLog {
-        pub(super) slot: u32,
-        pub(super) num_pages: u32,
-        pub(super) first_page: u64,
-        pub(super) dirty_bitmap: u64,
-    }
-
-    /// `struct kvm_enable_cap`
-    #[repr(C)]
-    pub(super) struct EnableCap {
-        pub(super) cap: u32,
-        pub(super) flags: u32,
-        pub(super) args: [u64; 4],
-        pub(super) pad: [u8; 64],
-    }
-
-    pub(super) const CHECK_EXTENSION: Opcode = opcode::none(KVMIO, 0x03);
-    pub(super) const GET_DIRTY_LOG: Opcode = opcode::write::<DirtyLog>(KVMIO, 0x42);
-    pub(super) const SET_USER_MEMORY_REGION: Opcode = opcode::write::<MemoryRegion>(KVMIO, 0x46);
-    pub(super) const ENABLE_CAP: Opcode = opcode::write::<EnableCap>(KVMIO, 0xa3);
-    pub(super) const CLEAR_DIRTY_LOG: Opcode = opcode::read_write::<ClearDirtyLog>(KVMIO, 0xc0);
-
-    pub(super) const CAP_MANUAL_DIRTY_LOG_PROTECT2: u32 = 168;
-    pub(super) const MEM_LOG_DIRTY_PAGES: u32 = 1;
-}
-
-impl Kernel {
-    /// # Safety
-    /// `argument` must be what ioctl `OPCODE` takes, and what it points to as large as it says.
-    unsafe fn call<const OPCODE: rustix::ioctl::Opcode, T>(&self, argument: &mut T) -> io::Result<()> {
-        loop {
-            // SAFETY: by this function's own contract.
-            let called = unsafe {
-                let call = rustix::ioctl::Updater::<'_, OPCODE, T>::new(argument);
-                rustix::ioctl::ioctl(&self.0, call)
-            };
-            match called {
-                Err(rustix::io::Errno::INTR) => {}
-                other => return other.map_err(io::Error::from),
-            }
-        }
-    }
-}
-
-/// `KVM_CHECK_EXTENSION`, which takes a number and gives one.
-struct CheckExtension(usize);
-
-// SAFETY: the argument is a plain number, and so is the answer.
-unsafe impl rustix::ioctl::Ioctl for CheckExtension {
-    type Output = u64;
-    const IS_MUTATING: bool = false;
-
-    fn opcode(&self) -> rustix::ioctl::Opcode {
-        sys::CHECK_EXTENSION
-    }
-
-    fn as_ptr(&mut self) -> *mut std::ffi::c_void {
-        std::ptr::without_provenance_mut(self.0)
-    }
-
-    unsafe fn output_from_ptr(out: rustix::ioctl::IoctlOutput, _: *mut std::ffi::c_void) -> rustix::io::Result<u64> {
-        Ok(u64::try_from(out).unwrap_or(0))
-    }
-}
-
-impl Log for Kernel {
+impl Log for Vm {
     fn supported(&self) -> io::Result<u64> {
-        // SAFETY: KVM_CHECK_EXTENSION reads a number.
-        unsafe { rustix::ioctl::ioctl(&self.0, CheckExtension(sys::CAP_MANUAL_DIRTY_LOG_PROTECT2 as usize)) }
-            .map_err(io::Error::from)
+        self.check_extension(sys::CAP_MANUAL_DIRTY_LOG_PROTECT2)
     }
 
     fn enable(&self, bits: u64) -> io::Result<()> {
-        let args = [bits, 0, 0, 0];
-        let mut cap = sys::EnableCap { cap: sys::CAP_MANUAL_DIRTY_LOG_PROTECT2, flags: 0, args, pad: [0; 64] };
-        // SAFETY: `cap` is what KVM_ENABLE_CAP takes.
-        unsafe { self.call::<{ sys::ENABLE_CAP }, _>(&mut cap) }
+        self.enable(sys::CAP_MANUAL_DIRTY_LOG_PROTECT2, bits)
     }
 
     fn switch(&self, slot: &KvmSlot, address: u64, switch: Switch) -> io::Result<()> {
-        let mut region = sys::MemoryRegion {
-            slot: slot.slot,
-            flags: if switch == Switch::On { sys::MEM_LOG_DIRTY_PAGES } else { 0 },
-            guest_phys_addr: slot.guest_address,
-            memory_size: slot.size_bytes,
-            userspace_addr: address,
-        };
-        // SAFETY: `region` is what KVM_SET_USER_MEMORY_REGION takes. By the contract of `KvmDirtyLog::new` the slot
-        // exists over this memory, so that only its flags change.
-        unsafe { self.call::<{ sys::SET_USER_MEMORY_REGION }, _>(&mut region) }
+        // SAFETY: by the contract of `KvmDirtyLog::new` the slot exists over this memory.
+        unsafe { self.switch(slot, address, switch) }
     }
 
     fn get(&self, slot: u32, words: &mut [u64]) -> io::Result<()> {
-        let mut log = sys::DirtyLog { slot, padding: 0, dirty_bitmap: words.as_mut_ptr() as u64 };
-        // SAFETY: `log` is what KVM_GET_DIRTY_LOG takes, and `words` has a bit for each page of the slot, in whole words.
-        unsafe { self.call::<{ sys::GET_DIRTY_LOG }, _>(&mut log) }
+        // SAFETY: `words` is as long as `Slot::new` made it.
+        unsafe { self.get_log(slot, words) }
     }
 
     fn clear(&self, slot: u32, first_page: u64, pages: u32, words: &[u64]) -> io::Result<()> {
-        let dirty_bitmap = words.as_ptr() as u64;
-        let mut clear = sys::ClearDirtyLog { slot, num_pages: pages, first_page, dirty_bitmap };
-        // SAFETY: `clear` is what KVM_CLEAR_DIRTY_LOG takes; it reads a bit for each of `pages` from `words`.
-        unsafe { self.call::<{ sys::CLEAR_DIRTY_LOG }, _>(&mut clear) }
+        // SAFETY: `words` are those that the range of `pages` lies in.
+        unsafe { self.clear_log(slot, first_page, pages, words) }
     }
 }
 
