@@ -9,7 +9,9 @@ use dunlin::units::{self, QuantityError};
 use dunlin::{Parameters, Uri, UriError};
 #[cfg(target_arch = "x86_64")]
 use dunlin_machines::CpuModel;
-use dunlin_machines::{Backing, DeviceConfig, DiskConfig, Fill, MemoryJob, NetConfig, Payload, SerialTarget, Workload};
+use dunlin_machines::{
+    Backing, DeviceConfig, DirtyTracking, DiskConfig, Fill, MemoryJob, NetConfig, Payload, SerialTarget, Workload,
+};
 use dunlin_monitor::parse_address;
 
 /// Live migration for virtual machines.
@@ -208,6 +210,10 @@ pub struct Demo {
     /// or several joined by `+` [default: dirty:working-set=16M, or a quarter of a small memory].
     #[arg(long, value_name = "SPEC", value_parser = payload)]
     pub payload: Option<Payload>,
+    /// How the writes of a guest on KVM are tracked: `log`, `ring` (a dirty ring for each vCPU, of as many entries as KVM
+    /// allows), `ring:ENTRIES`, or `auto`, which is the log [default: auto]. In both processes.
+    #[arg(long, value_name = "auto|log|ring", value_parser = dirty_tracker)]
+    pub dirty_tracker: Option<DirtyTracking>,
     /// What the guest does: `idle`, or
     /// `pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,working-set=SIZE,content=random|text|sparse|counter`
     /// [default: pattern=uniform,rate=100M/s,working-set=128M,content=random].
@@ -256,10 +262,18 @@ impl MachineKind {
     }
 
     /// Checks that nothing is asked of a machine that is another kind's.
-    pub fn check(self, workload: Option<&Workload>, payload: Option<&Payload>) -> Result<(), &'static str> {
-        match (self, workload, payload) {
-            (Self::Synthetic, _, Some(_)) => Err("--payload is for --machine kvm; use --workload"),
-            (Self::Kvm, Some(_), _) => Err("--workload is for --machine synthetic; use --payload"),
+    pub fn check(
+        self,
+        workload: Option<&Workload>,
+        payload: Option<&Payload>,
+        dirty_tracker: Option<DirtyTracking>,
+    ) -> Result<(), &'static str> {
+        match (self, workload, payload, dirty_tracker) {
+            (Self::Synthetic, _, Some(_), _) => Err("--payload is for --machine kvm; use --workload"),
+            (Self::Synthetic, _, _, Some(_)) => {
+                Err("--dirty-tracker is for --machine kvm; the synthetic machine has one way of tracking writes")
+            }
+            (Self::Kvm, Some(_), _, _) => Err("--workload is for --machine synthetic; use --payload"),
             _ => Ok(()),
         }
     }
@@ -287,6 +301,10 @@ pub struct Run {
     /// or several joined by `+` [default: counter]. Comes with the guest if it comes in.
     #[arg(long, value_name = "SPEC", value_parser = payload)]
     pub payload: Option<Payload>,
+    /// How the writes of a guest on KVM are tracked: `log`, `ring` (a dirty ring for each vCPU, of as many entries as KVM
+    /// allows), `ring:ENTRIES`, or `auto`, which is the log [default: auto].
+    #[arg(long, value_name = "auto|log|ring", value_parser = dirty_tracker)]
+    pub dirty_tracker: Option<DirtyTracking>,
     /// What the guest does: `idle`, or
     /// `pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,working-set=SIZE,content=random|text|sparse|counter`
     /// [default: idle]. Comes with the guest if it comes in.
@@ -450,6 +468,10 @@ fn payload(text: &str) -> Result<Payload, String> {
     text.parse::<Payload>().map_err(|error| error.to_string())
 }
 
+fn dirty_tracker(text: &str) -> Result<DirtyTracking, String> {
+    text.parse::<DirtyTracking>().map_err(|error| error.to_string())
+}
+
 fn fill(text: &str) -> Result<Fill, String> {
     text.parse::<Fill>().map_err(|error| error.to_string())
 }
@@ -496,6 +518,8 @@ mod tests {
             "demo",
             "demo --memory 64M --vcpus 4 --workload idle --transport unix --set multifd-channels=8 --set max-bandwidth=50M/s --json",
             "demo --machine kvm --payload dirty:working-set=8M,rate=20M/s",
+            "demo --machine kvm --dirty-tracker ring",
+            "run --memory 64M --machine kvm --dirty-tracker ring:4096 --qmp unix:/a",
             "run --memory 64M --machine kvm --payload counter --qmp unix:/a",
             "run --memory 64M --machine kvm --serial file:/b --disk /c --disk /d,format=qcow2,readonly=on,serial=x --rng --net tap=t --qmp unix:/a",
             "run --memory 1.5GiB --vcpus 2 --fill zero:100 --seed 7 --qmp unix:/a",
@@ -525,6 +549,7 @@ mod tests {
             ("demo --set multifd-channels=256", "1 to 255"),
             ("demo --workload walking", "walking"),
             ("demo --machine kvm --payload walking", "no payload"),
+            ("demo --machine kvm --dirty-tracker rings", "auto, log, ring, or ring:ENTRIES"),
             ("run --memory 1G", "--qmp"),
             ("run --memory 1G --serial tty --qmp unix:/a", "stdio, file:PATH"),
             ("run --memory 1G --disk a,format=vmdk --qmp unix:/a", "format=raw|qcow2"),

@@ -118,7 +118,8 @@ fn choose(args: &Demo) -> Result<MachineKind> {
             kind
         }
     };
-    kind.check(args.workload.as_ref(), args.payload.as_ref()).map_err(|mistake| anyhow!(mistake))?;
+    kind.check(args.workload.as_ref(), args.payload.as_ref(), args.dirty_tracker)
+        .map_err(|mistake| anyhow!(mistake))?;
     Ok(kind)
 }
 
@@ -157,6 +158,8 @@ fn common_arguments(args: &Demo, kind: MachineKind, directory: &Path, side: &str
     if kind == MachineKind::Kvm {
         arguments.extend(device_arguments(directory, side)?);
     }
+    let tracker = args.dirty_tracker.map(|tracker| ["--dirty-tracker".to_owned(), tracker.to_string()]);
+    arguments.extend(tracker.into_iter().flatten());
     Ok(arguments)
 }
 

@@ -23,7 +23,9 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     if let Some(parent) = args.exit_with_parent {
         tie_to_parent(parent)?;
     }
-    args.machine.check(args.workload.as_ref(), args.payload.as_ref()).map_err(|mistake| anyhow!(mistake))?;
+    args.machine
+        .check(args.workload.as_ref(), args.payload.as_ref(), args.dirty_tracker)
+        .map_err(|mistake| anyhow!(mistake))?;
     let (vm, guest_end) = match args.machine {
         MachineKind::Synthetic if !args.devices.is_empty() => {
             bail!("--serial, --disk, --net and --rng are for --machine kvm")
@@ -132,7 +134,8 @@ fn make_kvm(args: &Run) -> Result<(Arc<Vm>, LookForEnd)> {
         if args.payload.is_some() || args.fill.is_some() {
             terminal::note("--payload and --fill say nothing here: they come with the guest");
         }
-        KvmMachine::empty(args.memory, args.vcpus, args.hugepages, &args.devices.config())
+        let tracking = args.dirty_tracker.unwrap_or_default();
+        KvmMachine::empty(args.memory, args.vcpus, args.hugepages, tracking, &args.devices.config())
     } else {
         KvmMachine::new(&KvmConfig {
             memory_bytes: args.memory,
@@ -142,6 +145,7 @@ fn make_kvm(args: &Run) -> Result<(Arc<Vm>, LookForEnd)> {
             fill: args.fill().map_err(|error| anyhow!(error))?,
             backing: args.hugepages,
             seed: args.seed,
+            dirty_tracking: args.dirty_tracker.unwrap_or_default(),
             devices: args.devices.config(),
         })
     };

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::{MIB, parameters, runs, until};
 use dunlin::memory::DirtyBitmap;
 use dunlin::{Destination, Guest, Machine, Source, Status};
-use dunlin_machines::{Backing, CpuModel, DeviceConfig, KvmConfig, KvmMachine};
+use dunlin_machines::{Backing, CpuModel, DeviceConfig, DirtyTracking, KvmConfig, KvmMachine};
 
 const MEMORY: u64 = 32 * MIB;
 
@@ -41,6 +41,7 @@ fn machine(vcpus: u32, payload: &str) -> Arc<KvmMachine> {
         fill: "zero:30,random:40,text:30".parse().unwrap(),
         backing: Backing::Base,
         seed: 7,
+        dirty_tracking: DirtyTracking::Auto,
         devices: DeviceConfig::default(),
     };
     KvmMachine::new(&config).unwrap()
@@ -54,7 +55,8 @@ fn source(vcpus: u32, payload: &str) -> Side {
 }
 
 fn empty(vcpus: u32) -> Side {
-    let machine = KvmMachine::empty(MEMORY, vcpus, Backing::Base, &DeviceConfig::default()).unwrap();
+    let machine =
+        KvmMachine::empty(MEMORY, vcpus, Backing::Base, DirtyTracking::Auto, &DeviceConfig::default()).unwrap();
     let guest = Guest::awaited(machine.clone());
     Side { machine, guest }
 }

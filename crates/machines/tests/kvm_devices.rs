@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::kvm::{World, kvm, move_guest};
 use common::{Random, runs};
-use dunlin_machines::Backing;
+use dunlin_machines::{Backing, DirtyTracking};
 
 const EVERYTHING: &str = "dirty:working-set=1M+io+timer";
 
@@ -34,4 +34,57 @@ fn everything_goes_on_through_round_trips() {
             world.assert_goes_on(to);
         }
     }
+}
+
+/// At random moments, with either way of tracking, few or many vCPUs, pages of either size on either side, and whatever else
+/// a migration can be asked for.
+#[test]
+fn random_moves() {
+    if !kvm() {
+        return;
+    }
+    let ring: DirtyTracking = "ring".parse().unwrap();
+    let mut random = Random(4);
+    let vcpus = if std::thread::available_parallelism().map_or(1, usize::from) > 2 { &[1, 2, 4][..] } else { &[1, 2] };
+    let backings = if Backing::Huge2M.map(64 << 20).is_ok() {
+        &[Backing::Base, Backing::Huge2M][..]
+    } else {
+        println!("skipped: pages of 2 MiB, for the pool has none");
+        &[Backing::Base]
+    };
+    for run in 0..runs(12) {
+        // Every way of tracking on every number of vCPUs, whatever else.
+        let tracking = if run % 2 == 0 { DirtyTracking::Log } else { ring };
+        let mut world = World::new(vcpus[(run / 2) as usize % vcpus.len()], EVERYTHING);
+        world.tracking = tracking;
+        let (from, to) = (*random.pick(backings), *random.pick(backings));
+        let set = [
+            ("multifd-channels", *random.pick(&["1", "2", "4"])),
+            ("xbzrle", *random.pick(&["off", "on"])),
+            ("multifd-compression", *random.pick(&["none", "lz4", "zstd"])),
+        ];
+        let what = format!("run {run}, {tracking}, {} vCPUs, {from} to {to}, {set:?}", world.vcpus);
+        let (a, b) = (world.source(from), world.empty(to));
+        std::thread::sleep(Duration::from_micros(random.below(100_000)));
+        let report = move_guest(&a, &b, &set);
+        std::thread::sleep(Duration::from_micros(random.below(20_000)));
+        let found = world.check(&b, &what);
+        world.assert_goes_on(&b);
+        world.check(&b, &what);
+        println!("{what}: {} rounds, {} units, {} ticks", report.rounds.len(), found.units, found.ticks);
+    }
+}
+
+/// Long enough that what is read back was written before a move.
+#[test]
+fn sectors_written_before_a_move_are_read_after_it() {
+    if !kvm() {
+        return;
+    }
+    let world = World::new(1, "io");
+    let (a, b) = (world.source(Backing::Base), world.empty(Backing::Base));
+    common::until("the guest comes round its disk", || a.machine.units().unwrap() > 230);
+    move_guest(&a, &b, &[]);
+    common::until("the guest reads what it wrote at the source", || b.machine.units().unwrap() > 500);
+    world.check(&b, "after a round of the disk");
 }

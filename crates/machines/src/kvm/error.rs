@@ -2,7 +2,7 @@
 
 use std::io;
 
-use dunlin::memory::MemoryError;
+use dunlin::memory::{MemoryError, TrackerError};
 
 use super::MAX_VCPUS;
 use super::x86::LOW_BYTES;
@@ -105,6 +105,9 @@ pub enum KvmError {
         /// Its answer.
         source: io::Error,
     },
+    /// The guest's writes cannot be tracked as asked.
+    #[error("{0}")]
+    Tracker(#[from] TrackerError),
     /// RAM could not be used.
     #[error("{0}")]
     Memory(#[from] MemoryError),

@@ -7,15 +7,15 @@
 mod devices;
 mod error;
 mod memory;
+mod tracking;
 mod vcpu;
 mod verify;
 mod x86;
 
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use dunlin::memory::{DirtyBitmap, DirtyTracker, KvmDirtyLog, Ram, RamBlock};
+use dunlin::memory::{DirtyBitmap, DirtyTracker, Ram, RamBlock};
 use dunlin::{Machine, MachineError, StateSection};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,7 @@ pub use x86::cpu::{CpuModel, CpuModelError};
 use devices::{Description, Devices, OwnWrites};
 use error::kvm;
 use memory::Memory;
+use tracking::Rings;
 use vcpu::Vcpus;
 use x86::cpu;
 use x86::features::{self, Leaf};
@@ -37,7 +38,7 @@ use crate::device_config::DeviceConfig;
 use crate::payload::MemoryJob;
 use crate::sections::{StateError, check_known, decode, find, same, section};
 use crate::synthetic::fill::fill_pages;
-use crate::{Backing, Fill, Payload};
+use crate::{Backing, DirtyTracking, Fill, Payload};
 
 /// The most vCPUs.
 const MAX_VCPUS: u32 = 16;
@@ -61,6 +62,8 @@ pub struct KvmConfig {
     pub backing: Backing,
     /// What RAM holds follows from it.
     pub seed: u64,
+    /// How its writes are tracked.
+    pub dirty_tracking: DirtyTracking,
     /// What the guest has besides.
     pub devices: DeviceConfig,
 }
@@ -79,6 +82,7 @@ struct Identity {
 #[derive(Debug)]
 struct Hypervisor {
     vm: Arc<VmFd>,
+    rings: Rings,
     /// Something ran in it or was loaded into it: for another state there must be a new one.
     used: bool,
 }
@@ -95,6 +99,7 @@ pub struct KvmMachine {
     memory: Memory,
     memory_bytes: u64,
     count: u32,
+    dirty_tracking: DirtyTracking,
     /// `None` until a state is loaded into an empty machine.
     identity: RwLock<Option<Identity>>,
     /// Held while somebody starts, stops or verifies.
@@ -136,7 +141,8 @@ impl KvmMachine {
     /// # Errors
     /// When there is no KVM, the configuration is out of range, or KVM or the system refuses something.
     pub fn new(config: &KvmConfig) -> Result<Arc<Self>, KvmError> {
-        let machine = Self::empty(config.memory_bytes, config.vcpus, config.backing, &config.devices)?;
+        let KvmConfig { memory_bytes, vcpus, backing, dirty_tracking, devices, .. } = config;
+        let machine = Self::empty(*memory_bytes, *vcpus, *backing, *dirty_tracking, devices)?;
         let program =
             Program::new(config.payload.clone(), config.vcpus, machine.memory.low_bytes(), machine.sectors())?;
         for (number, block) in machine.memory.ram.blocks().iter().enumerate() {
@@ -170,6 +176,7 @@ impl KvmMachine {
         memory_bytes: u64,
         vcpus: u32,
         backing: Backing,
+        dirty_tracking: DirtyTracking,
         devices: &DeviceConfig,
     ) -> Result<Arc<Self>, KvmError> {
         let range = MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES;
@@ -186,7 +193,7 @@ impl KvmMachine {
         let memory = Memory::new(memory_bytes, backing)?;
         let writes: OwnWrites = memory.ram.blocks().iter().map(|block| DirtyBitmap::new(block.size_bytes())).collect();
         let devices = Devices::new(devices, memory.guest(), writes)?;
-        let (vm, fds) = build(&kvm_fd, &memory, vcpus)?;
+        let (vm, fds, rings) = build(&kvm_fd, &memory, vcpus, dirty_tracking)?;
         devices.connect(vm.clone());
         if let Some(fd) = fds.first() {
             host.probe_msrs(fd)?;
@@ -194,17 +201,18 @@ impl KvmMachine {
         let threads = Vcpus::start(vcpus, devices.bus())
             .map_err(|source| KvmError::System { doing: "start a vCPU's thread", source })?;
         for (vcpu, fd) in threads.all().iter().zip(fds) {
-            vcpu.replace(Some(fd));
+            vcpu.replace(Some(fd), &rings);
         }
         Ok(Arc::new(Self {
             vcpus: threads,
             devices,
-            hypervisor: Mutex::new(Hypervisor { vm, used: false }),
+            hypervisor: Mutex::new(Hypervisor { vm, rings, used: false }),
             kvm: kvm_fd,
             host,
             memory,
             memory_bytes,
             count: vcpus,
+            dirty_tracking,
             identity: RwLock::default(),
             control: Mutex::default(),
         }))
@@ -356,13 +364,13 @@ impl KvmMachine {
         let mut hypervisor = lock(&self.hypervisor);
         // What ran before leaves timers and interrupts behind, and its CPU's features could not be changed any more.
         if std::mem::replace(&mut hypervisor.used, true) {
-            self.vcpus.all().iter().for_each(|vcpu| vcpu.replace(None));
-            let (vm, fds) = build(&self.kvm, &self.memory, self.count)?;
+            self.vcpus.all().iter().for_each(|vcpu| vcpu.replace(None, &None));
+            let (vm, fds, rings) = build(&self.kvm, &self.memory, self.count, self.dirty_tracking)?;
             self.devices.connect(vm.clone());
-            hypervisor.vm = vm;
             for (vcpu, fd) in self.vcpus.all().iter().zip(fds) {
-                vcpu.replace(Some(fd));
+                vcpu.replace(Some(fd), &rings);
             }
+            (hypervisor.vm, hypervisor.rings) = (vm, rings);
         }
         for (vcpu, state) in self.vcpus.all().iter().zip(&vcpus) {
             x86::load_vcpu(vcpu.fd().as_ref().ok_or(KvmError::Empty)?, &self.host, state)?;
@@ -390,13 +398,20 @@ fn create_vm(kvm_fd: &Kvm) -> Result<VmFd, KvmError> {
 }
 
 /// A VM over this memory with so many vCPUs, as they come out of reset.
-fn build(kvm_fd: &Kvm, memory: &Memory, vcpus: u32) -> Result<(Arc<VmFd>, Vec<VcpuFd>), KvmError> {
+fn build(
+    kvm_fd: &Kvm,
+    memory: &Memory,
+    vcpus: u32,
+    dirty_tracking: DirtyTracking,
+) -> Result<(Arc<VmFd>, Vec<VcpuFd>, Rings), KvmError> {
     let vm = Arc::new(create_vm(kvm_fd)?);
+    let ring_size = tracking::prepare(&vm, dirty_tracking)?;
     memory.attach(&vm)?;
     x86::create_chips(&vm)?;
     let fds = (0..u64::from(vcpus)).map(|number| vm.create_vcpu(number).map_err(kvm("create a vCPU")));
-    let fds = fds.collect::<Result<_, _>>()?;
-    Ok((vm, fds))
+    let fds = fds.collect::<Result<Vec<_>, _>>()?;
+    let rings = tracking::rings(&vm, &fds, ring_size, memory)?;
+    Ok((vm, fds, rings))
 }
 
 impl Machine for KvmMachine {
@@ -406,11 +421,8 @@ impl Machine for KvmMachine {
 
     fn dirty_tracker(&self) -> Result<Box<dyn DirtyTracker>, MachineError> {
         let hypervisor = lock(&self.hypervisor);
-        // SAFETY: the descriptor is open as long as the lock is held.
-        let vm = unsafe { BorrowedFd::borrow_raw(hypervisor.vm.as_raw_fd()) };
-        let writes = Some(self.devices.writes().clone());
-        // SAFETY: these are the slots that the VM was given over this memory, which lives as long as the machine.
-        Ok(Box::new(unsafe { KvmDirtyLog::new(vm, &self.memory.ram, &self.memory.slots, writes) }?))
+        let writes = self.devices.writes().clone();
+        Ok(tracking::tracker(&hypervisor.vm, &hypervisor.rings, &self.memory, writes)?)
     }
 
     fn profile(&self) -> Vec<u8> {

@@ -11,9 +11,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::devices::{Bus, Ended};
+use super::tracking::Rings;
 use super::x86::PACE_PORT;
 use crate::gate::{Gate, Passage};
 
@@ -25,6 +27,9 @@ const BACKLOG: Duration = Duration::from_millis(20);
 /// A vCPU, shared by its thread and by who reads and writes its state while it is stopped.
 #[derive(Debug)]
 pub(super) struct Vcpu {
+    number: usize,
+    /// Where room is made when its ring is full.
+    rings: Mutex<Rings>,
     /// `None` only while the machine is being made anew.
     fd: Mutex<Option<VcpuFd>>,
     /// Why it cannot run any more.
@@ -49,13 +54,21 @@ impl Vcpu {
     }
 
     /// Takes another descriptor for this vCPU.
-    pub(super) fn replace(&self, fd: Option<VcpuFd>) {
+    pub(super) fn replace(&self, fd: Option<VcpuFd>, rings: &Rings) {
         *self.fd() = fd;
+        *lock(&self.rings) = rings.clone();
         *lock(&self.stopped) = None;
     }
 
     pub(super) fn set_pace(&self, pace: Option<Duration>) {
         *lock(&self.pace) = pace;
+    }
+
+    /// Its dirty ring is full: no guest's fault, and nothing but reading it makes room.
+    fn make_room(&self) -> Result<(), String> {
+        let rings = lock(&self.rings).clone();
+        let made = rings.ok_or_else(|| "its dirty ring is full, but it has none".to_owned())?.make_room(self.number);
+        made.map_err(|error| error.to_string())
     }
 
     /// Runs the guest until the gate is closed.
@@ -100,6 +113,7 @@ impl Vcpu {
                 Ok(VcpuExit::Shutdown) => bus.end(Ended::Shutdown),
                 Ok(VcpuExit::Hlt) => bus.end(Ended::Halted),
                 Ok(VcpuExit::Intr) => {}
+                Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => self.make_room()?,
                 Ok(VcpuExit::FailEntry(reason, _)) => {
                     return Err(format!("KVM could not enter the guest: {reason:#x}"));
                 }
@@ -206,7 +220,13 @@ impl Vcpus {
         install_handler()?;
         let mut all = Self { vcpus: Vec::new(), threads: Vec::new(), gate: Arc::default() };
         for index in 0..count {
-            let vcpu = Arc::new(Vcpu { fd: Mutex::default(), stopped: Mutex::default(), pace: Mutex::default() });
+            let vcpu = Arc::new(Vcpu {
+                number: index as usize,
+                rings: Mutex::default(),
+                fd: Mutex::default(),
+                stopped: Mutex::default(),
+                pace: Mutex::default(),
+            });
             all.vcpus.push(vcpu.clone());
             let (gate, bus) = (all.gate.clone(), bus.clone());
             all.threads.push(std::thread::Builder::new().name(format!("kvm vcpu {index}")).spawn(move || {

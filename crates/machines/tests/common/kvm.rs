@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use dunlin::{Destination, Guest, Report, Source, Status};
 use dunlin_machines::{
-    Backing, CpuModel, DeviceConfig, DiskAccess, DiskConfig, DiskFormat, KvmConfig, KvmMachine, KvmReport, SerialTarget,
+    Backing, CpuModel, DeviceConfig, DirtyTracking, DiskAccess, DiskConfig, DiskFormat, KvmConfig, KvmMachine,
+    KvmReport, SerialTarget,
 };
 
 use super::{MIB, parameters, until};
@@ -33,6 +34,7 @@ pub struct World {
     pub memory_bytes: u64,
     pub vcpus: u32,
     pub payload: String,
+    pub tracking: DirtyTracking,
     pub sectors: u64,
     pub format: DiskFormat,
 }
@@ -42,8 +44,15 @@ impl World {
         let directory = tempfile::tempdir().unwrap();
         let sectors = 200;
         std::fs::write(directory.path().join("disk"), vec![0; sectors as usize * 512]).unwrap();
-        let payload = payload.to_owned();
-        Self { directory, memory_bytes: 16 * MIB, vcpus, payload, sectors, format: DiskFormat::Raw }
+        Self {
+            directory,
+            memory_bytes: 16 * MIB,
+            vcpus,
+            payload: payload.to_owned(),
+            tracking: DirtyTracking::Auto,
+            sectors,
+            format: DiskFormat::Raw,
+        }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -69,6 +78,7 @@ impl World {
             fill: "zero:30,random:40,text:30".parse().unwrap(),
             backing,
             seed: 7,
+            dirty_tracking: self.tracking,
             devices: self.devices(),
         }
     }
@@ -83,7 +93,8 @@ impl World {
 
     /// A machine that waits for it.
     pub fn empty(&self, backing: Backing) -> Side {
-        let machine = KvmMachine::empty(self.memory_bytes, self.vcpus, backing, &self.devices()).unwrap();
+        let machine =
+            KvmMachine::empty(self.memory_bytes, self.vcpus, backing, self.tracking, &self.devices()).unwrap();
         let guest = Guest::awaited(machine.clone());
         Side { machine, guest }
     }

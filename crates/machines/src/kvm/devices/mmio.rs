@@ -532,13 +532,6 @@ impl Transport {
         *registers = state.registers;
         Ok(live.device.renew())
     }
-
-    /// Raises an interrupt once more that the guest has not acknowledged: one too many does no harm, one too few would.
-    pub(super) fn remind(&self) {
-        if self.interrupt_status.load(Ordering::SeqCst) != 0 {
-            self.interrupt.raise();
-        }
-    }
 }
 
 fn is_active(status: u32) -> bool {

@@ -186,7 +186,6 @@ impl Devices {
             let _ = self.each("let go of", Transport::pause);
             return Err(error);
         }
-        self.bus.transports.iter().for_each(|transport| transport.remind());
         self.go_on();
         Ok(())
     }
