@@ -14,7 +14,8 @@ pub enum DirtyTracking {
     Log,
     /// A dirty ring for each vCPU.
     Ring {
-        /// Entries of each ring, rounded up to what KVM takes; `None` for as many as KVM allows.
+        /// Entries of each ring, rounded up to what KVM takes, for trying what happens when rings fill: they are read only
+        /// when the engine asks and when one is full. `None` for as many as KVM allows, read every few milliseconds.
         entries: Option<u32>,
     },
 }

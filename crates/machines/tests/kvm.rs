@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{MIB, parameters, runs, until};
-use dunlin::memory::DirtyBitmap;
+use dunlin::memory::{DirtyBitmap, TrackerError};
 use dunlin::{Destination, Guest, Machine, Source, Status};
-use dunlin_machines::{Backing, CpuModel, DeviceConfig, DirtyTracking, KvmConfig, KvmMachine};
+use dunlin_machines::{Backing, CpuModel, DeviceConfig, DirtyTracking, KvmConfig, KvmError, KvmMachine};
 
 const MEMORY: u64 = 32 * MIB;
 
@@ -32,7 +32,25 @@ fn kvm() -> bool {
     }
 }
 
-fn machine(vcpus: u32, payload: &str) -> Arc<KvmMachine> {
+/// The ways of tracking writes that there are here.
+fn trackings() -> Vec<DirtyTracking> {
+    let mut trackings = vec![DirtyTracking::Log];
+    let ring = DirtyTracking::Ring { entries: None };
+    match KvmMachine::empty(MEMORY, 1, Backing::Base, ring, &DeviceConfig::default()) {
+        Ok(_) => trackings.push(ring),
+        Err(KvmError::Tracker(TrackerError::NoDirtyRing)) => println!("skipped with {ring}: KVM has none"),
+        Err(error) => panic!("{error}"),
+    }
+    trackings
+}
+
+/// A KVM that emulates the guest's code, instruction by instruction. While it does, it puts a page into the vCPU's dirty
+/// ring for every write, and does not look whether there is room.
+fn overfills_rings() -> bool {
+    std::path::Path::new("/sys/module/kvm_pvm").exists()
+}
+
+fn machine(vcpus: u32, payload: &str, dirty_tracking: DirtyTracking) -> Arc<KvmMachine> {
     let config = KvmConfig {
         memory_bytes: MEMORY,
         vcpus,
@@ -41,22 +59,21 @@ fn machine(vcpus: u32, payload: &str) -> Arc<KvmMachine> {
         fill: "zero:30,random:40,text:30".parse().unwrap(),
         backing: Backing::Base,
         seed: 7,
-        dirty_tracking: DirtyTracking::Auto,
+        dirty_tracking,
         devices: DeviceConfig::default(),
     };
     KvmMachine::new(&config).unwrap()
 }
 
-fn source(vcpus: u32, payload: &str) -> Side {
-    let machine = machine(vcpus, payload);
+fn source(vcpus: u32, payload: &str, dirty_tracking: DirtyTracking) -> Side {
+    let machine = machine(vcpus, payload, dirty_tracking);
     let guest = Guest::new(machine.clone());
     guest.cont().unwrap();
     Side { machine, guest }
 }
 
-fn empty(vcpus: u32) -> Side {
-    let machine =
-        KvmMachine::empty(MEMORY, vcpus, Backing::Base, DirtyTracking::Auto, &DeviceConfig::default()).unwrap();
+fn empty(vcpus: u32, dirty_tracking: DirtyTracking) -> Side {
+    let machine = KvmMachine::empty(MEMORY, vcpus, Backing::Base, dirty_tracking, &DeviceConfig::default()).unwrap();
     let guest = Guest::awaited(machine.clone());
     Side { machine, guest }
 }
@@ -81,6 +98,19 @@ fn move_guest(from: &Side, to: &Side, set: &[(&str, &str)]) -> dunlin::Report {
     let destination = Destination::listen(&to.guest, &"tcp:127.0.0.1:0".parse().unwrap(), &parameters).unwrap();
     let source = Source::start(&from.guest, destination.local_uri(), &parameters).unwrap();
     let report = source.wait();
+    let error = report.error.as_ref().map(|error| error.message.clone()).unwrap_or_default();
+    if error.contains("KVM put more pages into a vCPU's dirty ring") && overfills_rings() {
+        // All that can be asked here: it is found, the guest goes on, and another tracker moves it.
+        println!("skipped: this KVM goes over the end of dirty rings");
+        // It may have failed, or wait for another source.
+        let _ = destination.cancel();
+        assert_ne!(destination.wait().status, Status::Completed);
+        assert!(from.guest.is_running());
+        let counted = from.machine.counted().unwrap();
+        from.assert_goes_on(&counted);
+        from.assert_good("after a ring that KVM went over the end of");
+        return move_guest(from, to, set);
+    }
     assert_eq!(report.status, Status::Completed, "source: {:?}, destination: {:?}", report.error, destination.report());
     assert_eq!(destination.wait().status, Status::Completed);
     assert!(!from.guest.is_running() && to.guest.is_running());
@@ -96,7 +126,7 @@ fn payloads_run_and_pause() {
         ["counter", "dirty:working-set=4M", "dirty:working-set=4M,stride=12K", "dirty:working-set=2M,rate=8M/s"]
     {
         for vcpus in [1, 2, 4] {
-            let side = source(vcpus, payload);
+            let side = source(vcpus, payload, DirtyTracking::Auto);
             side.assert_goes_on(&vec![0; vcpus as usize]);
             let mut longest = Duration::ZERO;
             for _ in 0..20 {
@@ -121,20 +151,25 @@ fn pages(bitmap: &DirtyBitmap) -> BTreeSet<usize> {
     pages
 }
 
-/// The log says the pages that the guest has written, and no others.
+/// The tracker says the pages that the guest has written, and no others.
 #[test]
-fn the_dirty_log_is_exact() {
-    if !kvm() {
-        return;
+fn the_dirty_pages_are_exact() {
+    if kvm() {
+        trackings().into_iter().for_each(is_exact);
     }
+}
+
+fn is_exact(tracking: DirtyTracking) {
     // A slow guest that visits every third page of 2 MiB from the first MiB on, and counts in page 0xa0.
-    let side = source(1, "dirty:working-set=2M,stride=12K,rate=2M/s");
+    let side = source(1, "dirty:working-set=2M,stride=12K,rate=2M/s", tracking);
     let tracker = side.machine.dirty_tracker().unwrap();
     tracker.start().unwrap();
     let dirty = DirtyBitmap::new(MEMORY);
     let mut before = side.machine.counted().unwrap()[0];
     tracker.rearm(0, 0..MEMORY, &dirty).unwrap();
-    assert_eq!(pages(&dirty).len() as u64, MEMORY / 4096);
+    // All count as written at the start. The log says so; rings have only what was written since.
+    let all = pages(&dirty).len() as u64 == MEMORY / 4096;
+    assert!(all || tracking != DirtyTracking::Log);
     let places = 512 / 3;
     let visited = |from: u64, to: u64| (from..to).map(|step| 256 + 3 * (step % places) as usize);
     let mut total = 0;
@@ -146,7 +181,11 @@ fn the_dirty_log_is_exact() {
         let found = pages(&dirty);
         let now = side.machine.counted().unwrap()[0];
         let allowed: BTreeSet<usize> = visited(before.saturating_sub(1), now + 2).chain([0xa0]).collect();
-        assert!(found.is_subset(&allowed), "turn {turn}: {:?}", found.difference(&allowed).collect::<Vec<_>>());
+        assert!(
+            found.is_subset(&allowed),
+            "{tracking}, turn {turn}: {:?}",
+            found.difference(&allowed).collect::<Vec<_>>()
+        );
         total += found.len();
         before = at_look;
     }
@@ -166,9 +205,25 @@ fn the_dirty_log_is_exact() {
         let found = pages(&dirty);
         let must: BTreeSet<usize> = visited(before + 1, now).chain([0xa0]).collect();
         let may: BTreeSet<usize> = visited(before, now + 1).chain([0xa0]).collect();
-        assert!(must.is_subset(&found) && found.is_subset(&may), "{found:?} between {must:?} and {may:?}");
+        assert!(must.is_subset(&found) && found.is_subset(&may), "{tracking}: {found:?} between {must:?} and {may:?}");
     }
     tracker.stop();
+    // Once more from the start: what was written in between is forgotten, and what is written from now on is seen.
+    side.guest.cont().unwrap();
+    std::thread::sleep(Duration::from_millis(5));
+    side.guest.stop().unwrap();
+    let tracker = side.machine.dirty_tracker().unwrap();
+    tracker.start().unwrap();
+    tracker.rearm(0, 0..MEMORY, &dirty).unwrap();
+    pages(&dirty);
+    let before = side.machine.counted().unwrap()[0];
+    side.guest.cont().unwrap();
+    std::thread::sleep(Duration::from_millis(10));
+    side.guest.stop().unwrap();
+    tracker.sync(0, &dirty).unwrap();
+    let found = pages(&dirty);
+    let must: BTreeSet<usize> = visited(before + 1, side.machine.counted().unwrap()[0]).collect();
+    assert!(must.is_subset(&found), "{tracking}: {:?}", must.difference(&found).collect::<Vec<_>>());
 }
 
 #[test]
@@ -176,14 +231,40 @@ fn moves_a_guest_that_is_dirtying_memory() {
     if !kvm() {
         return;
     }
-    let (from, to) = (source(2, "dirty:working-set=4M"), empty(2));
-    from.assert_goes_on(&[1, 1]);
-    let report = move_guest(&from, &to, &[]);
-    let before = to.machine.counted().unwrap();
-    let steps = to.assert_good("after the move");
-    to.assert_goes_on(&before);
-    assert!(to.assert_good("later") > steps);
-    println!("{steps} steps, {} rounds, downtime {:.1} ms", report.rounds.len(), report.downtime_seconds * 1e3);
+    for tracking in trackings() {
+        let (from, to) = (source(2, "dirty:working-set=4M", tracking), empty(2, tracking));
+        from.assert_goes_on(&[1, 1]);
+        let report = move_guest(&from, &to, &[]);
+        let before = to.machine.counted().unwrap();
+        let steps = to.assert_good("after the move");
+        to.assert_goes_on(&before);
+        assert!(to.assert_good("later") > steps);
+        let downtime = report.downtime_seconds * 1e3;
+        println!("{tracking}: {steps} steps, {} rounds, downtime {downtime:.1} ms", report.rounds.len());
+    }
+}
+
+/// Rings as small as KVM allows fill all the time under a guest that writes as fast as it can, on a link that is slower.
+/// DUNLIN_RING_ENTRIES chooses another size.
+#[test]
+fn a_tiny_ring_loses_nothing() {
+    if !kvm() || trackings().len() < 2 {
+        return;
+    }
+    let entries = std::env::var("DUNLIN_RING_ENTRIES").map_or(1, |entries| entries.parse().unwrap());
+    let tracking = DirtyTracking::Ring { entries: Some(entries) };
+    let (a, b) = (source(2, "dirty:working-set=16M", tracking), empty(2, tracking));
+    a.assert_goes_on(&[1, 1]);
+    for turn in 0..2 * runs(1) {
+        let (from, to) = if turn % 2 == 0 { (&a, &b) } else { (&b, &a) };
+        let report = move_guest(from, to, &[("max-bandwidth", "50M/s"), ("downtime-limit", "2s")]);
+        let full = from.machine.times_ring_full().unwrap();
+        let steps = to.assert_good("after the move");
+        println!("{tracking}, turn {turn}: full {full} times, {steps} steps, {} rounds", report.rounds.len());
+        assert!(full > 0 || entries > 1 || overfills_rings(), "the ring was never full");
+        let counted = to.machine.counted().unwrap();
+        to.assert_goes_on(&counted);
+    }
 }
 
 #[test]
@@ -191,10 +272,12 @@ fn moves_with_everything_on() {
     if !kvm() {
         return;
     }
-    let (from, to) = (source(2, "dirty:working-set=4M,rate=40M/s"), empty(2));
-    from.assert_goes_on(&[1, 1]);
-    move_guest(&from, &to, &[("xbzrle", "on"), ("multifd-compression", "zstd"), ("multifd-channels", "4")]);
-    to.assert_good("after the move");
+    for tracking in trackings() {
+        let (from, to) = (source(2, "dirty:working-set=4M,rate=40M/s", tracking), empty(2, tracking));
+        from.assert_goes_on(&[1, 1]);
+        move_guest(&from, &to, &[("xbzrle", "on"), ("multifd-compression", "zstd"), ("multifd-channels", "4")]);
+        to.assert_good("after the move");
+    }
 }
 
 /// Every vCPU's timer goes on ticking, once for each time that it is set, and the interval timer at its pace.
@@ -204,7 +287,7 @@ fn timers_go_on() {
         return;
     }
     for (vcpus, payload) in [(1, "timer:hz=200"), (2, "timer:hz=200+dirty:working-set=2M,rate=4M/s")] {
-        let (a, b) = (source(vcpus, payload), empty(vcpus));
+        let (a, b) = (source(vcpus, payload, DirtyTracking::Auto), empty(vcpus, DirtyTracking::Auto));
         let mut before = vec![0; vcpus as usize];
         for turn in 0..6 {
             let (from, to) = if turn % 2 == 0 { (&a, &b) } else { (&b, &a) };
@@ -233,8 +316,12 @@ fn round_trips() {
     if !kvm() {
         return;
     }
-    for payload in ["dirty:working-set=2M", "counter"] {
-        let (a, b) = (source(2, payload), empty(2));
+    let payloads = ["dirty:working-set=2M", "counter"];
+    for (tracking, payload) in trackings().into_iter().flat_map(|tracking| payloads.map(|payload| (tracking, payload)))
+    {
+        // From one tracker to another and back, too.
+        let back = if payload == "counter" { DirtyTracking::Auto } else { tracking };
+        let (a, b) = (source(2, payload, tracking), empty(2, back));
         let mut steps = a.assert_good("before");
         let turns = 2 * runs(3);
         for turn in 0..turns {
@@ -246,7 +333,7 @@ fn round_trips() {
             assert!(now > steps);
             steps = now;
         }
-        println!("{payload}: {turns} moves, {steps} steps");
+        println!("{tracking}, {payload}: {turns} moves, {steps} steps");
     }
 }
 
@@ -255,10 +342,10 @@ fn refuses_what_does_not_fit() {
     if !kvm() {
         return;
     }
-    let from = machine(2, "counter");
-    let error = empty(1).machine.accept_profile(&from.profile()).unwrap_err().to_string();
+    let from = machine(2, "counter", DirtyTracking::Auto);
+    let error = empty(1, DirtyTracking::Auto).machine.accept_profile(&from.profile()).unwrap_err().to_string();
     assert!(error.contains("the source has 2 vCPUs, this machine has 1"), "{error}");
-    let to = empty(2);
+    let to = empty(2, DirtyTracking::Auto);
     assert!(to.machine.accept_profile(&from.profile()).is_ok());
     assert!(to.machine.resume().is_err(), "empty");
     let sections = from.save().unwrap();

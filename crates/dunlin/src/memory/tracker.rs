@@ -72,7 +72,8 @@ pub enum TrackerError {
     RingsInUse,
     /// KVM wrote over entries that nobody had read.
     #[error(
-        "KVM put more pages into a vCPU's dirty ring than it holds, so that not all pages written are known any more;          use the dirty log with this KVM"
+        "KVM put more pages into a vCPU's dirty ring than it holds, so that not all pages written are known any more; \
+         use the dirty log with this KVM"
     )]
     RingOverflow,
     /// A memory slot that is not a piece of its block in whole chunks.

@@ -284,6 +284,11 @@ impl KvmMachine {
         ended
     }
 
+    /// How often a vCPU had to wait for room in its dirty ring since the VM was made, if it has rings.
+    pub fn times_ring_full(&self) -> Option<u64> {
+        lock(&self.hypervisor).rings.as_ref().map(|rings| rings.times_full())
+    }
+
     /// Compares all of RAM with what it must hold after the steps that the vCPUs' registers say. A running machine is
     /// stopped meanwhile and goes on afterwards.
     ///
@@ -422,7 +427,7 @@ impl Machine for KvmMachine {
     fn dirty_tracker(&self) -> Result<Box<dyn DirtyTracker>, MachineError> {
         let hypervisor = lock(&self.hypervisor);
         let writes = self.devices.writes().clone();
-        Ok(tracking::tracker(&hypervisor.vm, &hypervisor.rings, &self.memory, writes)?)
+        Ok(tracking::tracker(&hypervisor.vm, &hypervisor.rings, &self.memory, writes, self.dirty_tracking)?)
     }
 
     fn profile(&self) -> Vec<u8> {

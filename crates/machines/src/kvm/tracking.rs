@@ -4,13 +4,20 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
-use dunlin::memory::{DirtyTracker, KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmRingSize, TrackerError};
+use dunlin::memory::{
+    DirtyTracker, KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmRingSize, TrackerError, WriteProtectTracker,
+};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use super::devices::OwnWrites;
 use super::memory::Memory;
 use crate::DirtyTracking;
+
+/// How often the rings are read while the engine waits for something: the quickest guest seen, one that KVM emulates,
+/// takes more than ten times as long to fill the largest.
+const READ_EVERY: Duration = Duration::from_millis(5);
 
 /// The rings of a VM, if it has them.
 pub(super) type Rings = Option<Arc<KvmDirtyRings>>;
@@ -47,10 +54,17 @@ pub(super) fn tracker(
     rings: &Rings,
     memory: &Memory,
     own_writes: OwnWrites,
+    tracking: DirtyTracking,
 ) -> Result<Box<dyn DirtyTracker>, TrackerError> {
     let own = Some(own_writes);
     match rings {
-        Some(rings) => Ok(Box::new(KvmDirtyRing::new(rings.clone(), own)?)),
+        // Neither these rings nor the log can be had from this VM any more. What knows nothing of KVM can.
+        Some(rings) if rings.are_lost() => Ok(Box::new(WriteProtectTracker::new(&memory.ram)?)),
+        Some(rings) => {
+            // Who asks for a size wants to see rings fill.
+            let read_every = (tracking == DirtyTracking::Ring { entries: None }).then_some(READ_EVERY);
+            Ok(Box::new(KvmDirtyRing::new(rings.clone(), own, read_every)?))
+        }
         // SAFETY: these are the slots that the VM was given over this memory, which lives as long as the machine.
         None => Ok(Box::new(unsafe { KvmDirtyLog::new(descriptor(vm), &memory.ram, &memory.slots, own) }?)),
     }

@@ -11,8 +11,8 @@
 //! the end. The VMM's thread then calls [`KvmDirtyRings::make_room`], at any time, also when nobody tracks. There are KVMs
 //! that emulate the guest and do not look while they do, and go over the end (a paravirtual one was seen to). That is
 //! found, always: either as many entries as the ring has were read with no reset between them, or KVM frees fewer than
-//! were read. The migration fails then, the VM's rings are not used again, and the guest goes on. A thread reads the rings
-//! every few milliseconds, so that it takes a great many writes to get there.
+//! were read. The migration fails then, the VM's rings are not used again, and the guest goes on. A thread that reads the
+//! rings every few milliseconds makes it take a great many writes to get there.
 //!
 //! What must stay true: reading, resetting, and moving what was read happen under one lock; entries are read in order and none
 //! twice; an entry is marked as read after its page is in `fresh`, and a page goes from `fresh` to `settled` after
@@ -27,7 +27,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -39,8 +39,6 @@ use super::super::{CHUNK_SIZE, DirtyBitmap, DirtyTracker, PAGE_SIZE, Ram, Tracke
 use super::sys::{self, Entry, Vm};
 use super::{KvmSlot, Switch, about, index, machine};
 
-/// How often the rings are read when nobody else does.
-const READ_EVERY: Duration = Duration::from_millis(5);
 /// A ring has at least a page of entries.
 const LEAST_ENTRIES: u32 = (PAGE_SIZE / size_of::<Entry>() as u64) as u32;
 /// Calls to reset in a row that free nothing, or times that a ring is full and has nothing in it, before that counts as an
@@ -142,6 +140,7 @@ pub struct KvmDirtyRings {
     settled: Vec<DirtyBitmap>,
     /// A tracker has been started.
     in_use: AtomicBool,
+    times_full: AtomicU64,
 }
 
 impl KvmDirtyRings {
@@ -186,6 +185,7 @@ impl KvmDirtyRings {
             fresh: clean(),
             settled: clean(),
             in_use: AtomicBool::new(false),
+            times_full: AtomicU64::new(0),
         }))
     }
 
@@ -195,11 +195,22 @@ impl KvmDirtyRings {
     /// # Errors
     /// When the kernel refuses. The vCPU then cannot go on.
     pub fn make_room(&self, vcpu: usize) -> Result<(), TrackerError> {
+        self.times_full.fetch_add(1, Ordering::Relaxed);
         let mut state = self.state();
         match self.make_room_in_order(vcpu, &mut state) {
             Err(TrackerError::RingOverflow) => self.make_room_by_force(vcpu),
             other => other,
         }
+    }
+
+    /// How often room was made for a vCPU whose ring was full.
+    pub fn times_full(&self) -> u64 {
+        self.times_full.load(Ordering::Relaxed)
+    }
+
+    /// Whether KVM has gone over the end of a ring, so that a tracker on them cannot be started any more.
+    pub fn are_lost(&self) -> bool {
+        self.state().lost
     }
 
     fn make_room_in_order(&self, vcpu: usize, state: &mut State) -> Result<(), TrackerError> {
@@ -386,6 +397,7 @@ pub struct KvmDirtyRing {
     rings: Arc<KvmDirtyRings>,
     own_writes: Option<Arc<[DirtyBitmap]>>,
     started: AtomicBool,
+    read_every: Option<Duration>,
     reader: Mutex<Option<Reader>>,
 }
 
@@ -397,10 +409,10 @@ struct Reader {
 }
 
 impl Reader {
-    fn start(rings: Arc<KvmDirtyRings>) -> io::Result<Self> {
+    fn start(rings: Arc<KvmDirtyRings>, every: Duration) -> io::Result<Self> {
         let (stay, gone) = mpsc::channel();
         let thread = std::thread::Builder::new().name("dirty rings".to_owned()).spawn(move || {
-            while gone.recv_timeout(READ_EVERY) == Err(RecvTimeoutError::Timeout) {
+            while gone.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
                 let mut state = rings.state();
                 // What goes wrong here goes wrong for the engine too, which has somebody to tell.
                 let _ = rings.collect(&mut state);
@@ -421,18 +433,24 @@ impl Drop for Reader {
 
 impl KvmDirtyRing {
     /// A tracker that reads these rings. In `own_writes`, one for each block, the VMM marks what it writes itself: each page
-    /// after the write to it. Nothing is tracked until it is started.
+    /// after the write to it. A thread of the tracker reads the rings as often as `read_every` says, so that they seldom fill
+    /// while the engine waits for something; without, they are read when the engine asks and when one is full. Nothing is
+    /// tracked until it is started.
     ///
     /// # Errors
     /// When `own_writes` are not as many as there are blocks.
-    pub fn new(rings: Arc<KvmDirtyRings>, own_writes: Option<Arc<[DirtyBitmap]>>) -> Result<Self, TrackerError> {
+    pub fn new(
+        rings: Arc<KvmDirtyRings>,
+        own_writes: Option<Arc<[DirtyBitmap]>>,
+        read_every: Option<Duration>,
+    ) -> Result<Self, TrackerError> {
         let blocks = rings.ram.blocks().len();
         if let Some(own) = &own_writes
             && own.len() != blocks
         {
             return Err(TrackerError::UnknownBlock { block: blocks.min(own.len()), blocks });
         }
-        Ok(Self { rings, own_writes, started: AtomicBool::new(false), reader: Mutex::default() })
+        Ok(Self { rings, own_writes, started: AtomicBool::new(false), read_every, reader: Mutex::default() })
     }
 
     fn check(&self, block: usize) -> Result<(), TrackerError> {
@@ -461,7 +479,8 @@ impl DirtyTracker for KvmDirtyRing {
         let begin = || {
             self.rings.start()?;
             let doing = machine("start a thread for the dirty rings of");
-            *self.reader() = Some(Reader::start(self.rings.clone()).map_err(doing)?);
+            let reader = self.read_every.map(|every| Reader::start(self.rings.clone(), every).map_err(doing));
+            *self.reader() = reader.transpose()?;
             Ok(())
         };
         begin().inspect_err(|_| self.stop())
@@ -566,7 +585,6 @@ impl Drop for Mapped {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::sync::atomic::AtomicU64;
 
     use proptest::prelude::*;
     use vm_memory::MmapRegion;
@@ -748,10 +766,8 @@ mod tests {
             let own: Arc<[DirtyBitmap]> = Arc::new([DirtyBitmap::new(PAGES * PAGE_SIZE)]);
             let dirty = DirtyBitmap::new(PAGES * PAGE_SIZE);
             for _ in 0..turns {
-                let tracker = KvmDirtyRing::new(rings.clone(), Some(own.clone())).unwrap();
+                let tracker = KvmDirtyRing::new(rings.clone(), Some(own.clone()), None).unwrap();
                 tracker.start().unwrap();
-                // The thread that reads now and then changes nothing that can be seen, and would make this take long.
-                *tracker.reader() = None;
                 let mut written = BTreeSet::new();
                 for step in &steps {
                     match *step {
@@ -801,9 +817,8 @@ mod tests {
             patience in prop_oneof![Just(u64::MAX), 1u64..40],
         ) {
             let (fake, rings) = rings(patience);
-            let tracker = KvmDirtyRing::new(rings.clone(), None).unwrap();
+            let tracker = KvmDirtyRing::new(rings.clone(), None, None).unwrap();
             tracker.start().unwrap();
-            *tracker.reader() = None;
             let dirty = DirtyBitmap::new(PAGES * PAGE_SIZE);
             let mut written = BTreeSet::new();
             let mut write = |vcpu, count: u32, first: u64| for page in (first..).take(count as usize) {
@@ -849,7 +864,7 @@ mod tests {
     fn nothing_is_missed_while_the_guest_runs() {
         let (fake, rings) = rings(7);
         let ram: Vec<AtomicU64> = std::iter::repeat_with(AtomicU64::default).take(PAGES as usize).collect();
-        let tracker = KvmDirtyRing::new(rings.clone(), None).unwrap();
+        let tracker = KvmDirtyRing::new(rings.clone(), None, Some(Duration::from_millis(1))).unwrap();
         tracker.start().unwrap();
         let dirty = DirtyBitmap::new(PAGES * PAGE_SIZE);
         let mut sent = vec![0; PAGES as usize];
@@ -896,12 +911,12 @@ mod tests {
     #[test]
     fn refusals() {
         let (fake, rings) = rings(u64::MAX);
-        let first = KvmDirtyRing::new(rings.clone(), None).unwrap();
+        let first = KvmDirtyRing::new(rings.clone(), None, Some(Duration::from_millis(1))).unwrap();
         let dirty = DirtyBitmap::new(PAGES * PAGE_SIZE);
         assert!(first.sync(0, &dirty).is_err(), "not started");
         first.start().unwrap();
         assert!(first.sync(1, &dirty).is_err(), "no such block");
-        let second = KvmDirtyRing::new(rings.clone(), None).unwrap();
+        let second = KvmDirtyRing::new(rings.clone(), None, Some(Duration::from_millis(1))).unwrap();
         assert!(matches!(second.start(), Err(TrackerError::RingsInUse)));
         drop(second);
         first.sync(0, &dirty).unwrap();
@@ -919,7 +934,7 @@ mod tests {
             times += 1;
             assert!(times < 1000);
         }
-        assert!(KvmDirtyRing::new(rings, Some(Arc::new([]))).is_err());
+        assert!(KvmDirtyRing::new(rings, Some(Arc::new([])), None).is_err());
         drop(fake);
     }
 }
