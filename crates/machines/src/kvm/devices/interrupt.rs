@@ -58,3 +58,30 @@ impl vm_superio::Trigger for Interrupt {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::{KVM_IRQCHIP_PIC_MASTER, kvm_irqchip};
+    use kvm_ioctls::Kvm;
+
+    use super::*;
+
+    /// The edge is kept by KVM until the guest takes it.
+    #[test]
+    fn an_edge_reaches_the_interrupt_controller() {
+        let Ok(vm) = Kvm::new().and_then(|kvm| kvm.create_vm()) else {
+            println!("skipped: no KVM");
+            return;
+        };
+        vm.create_irq_chip().unwrap();
+        let (vm, lines) = (Arc::new(vm), VmLines::default());
+        lines.pulse(5);
+        lines.connect(vm.clone());
+        lines.pulse(6);
+        let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_PIC_MASTER, ..kvm_irqchip::default() };
+        vm.get_irqchip(&mut chip).unwrap();
+        // SAFETY: the master PIC was asked for.
+        let requested = unsafe { chip.chip.pic.irr };
+        assert_eq!(requested & 0x60, 0x40, "{requested:#x}");
+    }
+}

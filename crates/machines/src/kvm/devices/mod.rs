@@ -16,6 +16,8 @@ mod net;
 mod rng;
 mod serial;
 mod tap;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use std::io;

@@ -58,7 +58,7 @@ pub(super) struct PortState {
     modem_status: u8,
     scratch: u8,
     /// Input that the guest has not taken.
-    input: Vec<u8>,
+    pub(super) input: Vec<u8>,
 }
 
 /// The port and its outside end.

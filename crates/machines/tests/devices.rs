@@ -1,0 +1,212 @@
+//! The devices of a machine on KVM, driven by a guest: they are reachable, and move with it. Skipped where there is no KVM.
+#![cfg(target_arch = "x86_64")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{MIB, parameters, until};
+use dunlin::{Destination, Guest, Machine, Source, Status};
+use dunlin_machines::{
+    Backing, DeviceConfig, DiskAccess, DiskConfig, DiskFormat, Ended, KvmConfig, KvmMachine, SerialTarget,
+};
+
+const MEMORY: u64 = 32 * MIB;
+const SECTORS: u64 = 2048;
+/// Requests that the guest makes.
+const REQUESTS: u32 = 2000;
+
+/// A guest: it writes `!` to the serial port; writes the words of the table at 0x9000 (offset, value) to the first device's
+/// registers; then puts its count into a request's sector and data, gives the request to the device, waits for the answer and
+/// writes the count to the serial port, 2000 times; and ends with 0, or with 7 if something was wrong.
+const GUEST: &[u8] = &[
+    0xba, 0xf8, 0x03, 0x00, 0x00, 0xb0, 0x21, 0xee, 0xbe, 0x00, 0x90, 0x00, 0x00, 0xbb, 0x00, 0x00, 0x00, 0xd0, 0x8b,
+    0x06, 0x83, 0xf8, 0xff, 0x74, 0x0c, 0x8b, 0x4e, 0x04, 0x89, 0x0c, 0x03, 0x48, 0x83, 0xc6, 0x08, 0xeb, 0xed, 0x83,
+    0x7b, 0x70, 0x0f, 0x75, 0x62, 0x45, 0x31, 0xe4, 0x41, 0xbd, 0x00, 0x00, 0x20, 0x00, 0x41, 0xbe, 0x00, 0x00, 0x10,
+    0x00, 0x41, 0xff, 0xc4, 0x4d, 0x89, 0x66, 0x08, 0x45, 0x89, 0xa6, 0x00, 0x10, 0x00, 0x00, 0x41, 0xc6, 0x86, 0x00,
+    0x08, 0x00, 0x00, 0xff, 0x66, 0x45, 0x89, 0xa5, 0x02, 0x40, 0x00, 0x00, 0x0f, 0xae, 0xf0, 0xc7, 0x43, 0x50, 0x00,
+    0x00, 0x00, 0x00, 0x66, 0x41, 0x8b, 0x85, 0x02, 0x60, 0x00, 0x00, 0x66, 0x41, 0x39, 0xc4, 0x75, 0xf2, 0x41, 0x80,
+    0xbe, 0x00, 0x08, 0x00, 0x00, 0x00, 0x75, 0x13, 0x44, 0x89, 0xe0, 0xee, 0x41, 0x81, 0xfc, 0xd0, 0x07, 0x00, 0x00,
+    0x75, 0xb3, 0x31, 0xc0, 0xe6, 0xf4, 0xeb, 0xfe, 0xb0, 0x07, 0xe6, 0xf4, 0xeb, 0xf8,
+];
+
+fn kvm() -> bool {
+    match KvmMachine::available() {
+        Ok(()) => true,
+        Err(error) => {
+            println!("skipped: {error}");
+            false
+        }
+    }
+}
+
+fn devices(directory: &Path) -> DeviceConfig {
+    let path = directory.join("disk");
+    if !path.exists() {
+        fs::File::create(&path).unwrap().set_len(SECTORS * 512).unwrap();
+    }
+    let (format, access) = (DiskFormat::Raw, DiskAccess::Writable);
+    DeviceConfig {
+        serial: SerialTarget::File(directory.join("serial")),
+        disks: vec![DiskConfig { path, format, access, serial: "a".to_owned() }],
+        ..DeviceConfig::default()
+    }
+}
+
+fn machine(devices: &DeviceConfig) -> Arc<KvmMachine> {
+    let config = KvmConfig {
+        memory_bytes: MEMORY,
+        vcpus: 1,
+        payload: "counter".parse().unwrap(),
+        fill: "zero:100".parse().unwrap(),
+        backing: Backing::Base,
+        seed: 7,
+        devices: devices.clone(),
+    };
+    KvmMachine::new(&config).unwrap()
+}
+
+/// Puts the guest in place of the built-in one.
+fn install(machine: &KvmMachine) {
+    let ram = &machine.ram().blocks()[0];
+    ram.write(0x8000, GUEST).unwrap();
+    let queue = 0x20_0000u32;
+    let table = [
+        (0x70, 0),
+        (0x70, 1),
+        (0x70, 3),
+        (0x24, 1),
+        (0x20, 1),
+        (0x70, 0xb),
+        (0x30, 0),
+        (0x38, 16),
+        (0x80, queue),
+        (0x90, queue + 0x4000),
+        (0xa0, queue + 0x6000),
+        (0x44, 1),
+        (0x70, 0xf),
+        (u32::MAX, 0),
+    ];
+    let table: Vec<u8> =
+        table.iter().flat_map(|(o, v): &(u32, u32)| [o.to_le_bytes(), v.to_le_bytes()].concat()).collect();
+    ram.write(0x9000, &table).unwrap();
+    let request = 0x10_0000u64;
+    let chain = [(request, 16u32, 1u16, 1u16), (request + 0x1000, 512, 1, 2), (request + 0x800, 1, 2, 0)];
+    for (number, (address, length, flags, next)) in (0..).zip(chain) {
+        let bytes =
+            [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat();
+        ram.write(u64::from(queue) + number * 16, &bytes).unwrap();
+    }
+    // A write.
+    ram.write(request, &1u32.to_le_bytes()).unwrap();
+}
+
+fn move_guest(from: &Arc<Guest>, to: &Arc<Guest>) {
+    let parameters = parameters(&[]);
+    let destination = Destination::listen(to, &"tcp:127.0.0.1:0".parse().unwrap(), &parameters).unwrap();
+    let report = Source::start(from, destination.local_uri(), &parameters).unwrap().wait();
+    assert_eq!(report.status, Status::Completed, "{:?}, {:?}", report.error, destination.report());
+    assert_eq!(destination.wait().status, Status::Completed);
+}
+
+/// A guest that writes to its disk and its serial port moves to and fro, and every byte is where it must be, once.
+#[test]
+fn a_guest_moves_while_it_uses_its_devices() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let devices = devices(directory.path());
+    let a = machine(&devices);
+    install(&a);
+    let b = KvmMachine::empty(MEMORY, 1, Backing::Base, &devices).unwrap();
+    let (at_a, at_b) = (Guest::new(a.clone()), Guest::awaited(b.clone()));
+    at_a.cont().unwrap();
+    let serial = || fs::read(directory.path().join("serial")).unwrap();
+    let mut moves = 0;
+    let (mut here, mut there) = ((&a, &at_a), (&b, &at_b));
+    loop {
+        std::thread::sleep(Duration::from_millis(30));
+        if here.0.ended().is_some() || moves == 6 {
+            break;
+        }
+        move_guest(here.1, there.1);
+        std::mem::swap(&mut here, &mut there);
+        moves += 1;
+    }
+    until("the guest ends", || here.0.ended().is_some());
+    println!("{moves} moves; the serial port got {} bytes", serial().len());
+    assert_eq!(here.0.ended(), Some(Ended::Exit { value: 0 }));
+    assert!(moves >= 2);
+    here.1.stop().unwrap();
+    let expected: Vec<u8> = std::iter::once(b'!').chain((1..=REQUESTS).map(|number| number as u8)).collect();
+    assert!(serial() == expected, "{:?}", serial().len());
+    let disk = fs::read(directory.path().join("disk")).unwrap();
+    for (number, sector) in (0u32..).zip(disk.chunks(512)) {
+        let written = if number <= REQUESTS { number } else { 0 };
+        assert_eq!(sector[..4], written.to_le_bytes(), "sector {number}");
+    }
+}
+
+#[test]
+fn other_devices_are_refused_by_name() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let devices = devices(directory.path());
+    let source = machine(&devices);
+    let refusal = |change: &dyn Fn(&mut DeviceConfig)| {
+        let mut changed = devices.clone();
+        changed.serial = SerialTarget::Null;
+        change(&mut changed);
+        let other = KvmMachine::empty(MEMORY, 1, Backing::Base, &changed).unwrap();
+        other.accept_profile(&source.profile()).err().map(|error| error.to_string())
+    };
+    assert_eq!(refusal(&|_| {}), None);
+    let smaller = directory.path().join("smaller");
+    fs::File::create(&smaller).unwrap().set_len(512).unwrap();
+    let found = [
+        refusal(&|devices| devices.rngs = 1),
+        refusal(&|devices| devices.disks.clear()),
+        refusal(&|devices| devices.disks[0].path = smaller.clone()),
+        refusal(&|devices| devices.disks[0].access = DiskAccess::ReadOnly),
+        refusal(&|devices| devices.disks[0].serial = "b".to_owned()),
+    ]
+    .map(Option::unwrap);
+    assert_eq!(
+        found,
+        [
+            "the source has these devices: disk; this machine has: disk, rng",
+            "the source has these devices: disk; this machine has: none",
+            "disk (device 0): its size in bytes is 1048576 at the source and 512 here",
+            "disk (device 0): its access is writable at the source and read-only here",
+            "disk (device 0): its serial is \"a\" at the source and \"b\" here",
+        ]
+    );
+    let mut missing = devices.clone();
+    missing.disks[0].path = directory.path().join("none");
+    let error = KvmMachine::empty(MEMORY, 1, Backing::Base, &missing).unwrap_err().to_string();
+    assert!(error.starts_with("could not open disk /") && error.contains("No such file"), "{error}");
+}
+
+/// Two machines do not run on one image by mistake.
+#[test]
+fn an_image_in_use_is_refused() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let devices = devices(directory.path());
+    let (one, other) = (machine(&devices), machine(&devices));
+    one.resume().unwrap();
+    let error = other.resume().unwrap_err().to_string();
+    assert!(error.contains("could not use disk (device 0): another machine runs on it"), "{error}");
+    one.pause().unwrap();
+    other.resume().unwrap();
+    other.pause().unwrap();
+}
