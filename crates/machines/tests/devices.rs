@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::{MIB, parameters, until};
 use dunlin::{Destination, Guest, Machine, Source, Status};
 use dunlin_machines::{
-    Backing, DeviceConfig, DiskAccess, DiskConfig, DiskFormat, Ended, KvmConfig, KvmMachine, SerialTarget,
+    Backing, CpuModel, DeviceConfig, DiskAccess, DiskConfig, DiskFormat, Ended, KvmConfig, KvmMachine, SerialTarget,
 };
 
 const MEMORY: u64 = 32 * MIB;
@@ -61,6 +61,7 @@ fn machine(devices: &DeviceConfig) -> Arc<KvmMachine> {
     let config = KvmConfig {
         memory_bytes: MEMORY,
         vcpus: 1,
+        cpu: CpuModel::default(),
         payload: "counter".parse().unwrap(),
         fill: "zero:100".parse().unwrap(),
         backing: Backing::Base,

@@ -26,8 +26,8 @@ const MAX_SEGMENTS: u32 = 254;
 const MAX_DATA_BYTES: u64 = 16 << 20;
 /// What is copied at once.
 const BUFFER_BYTES: u64 = 256 << 10;
-const MAX_DISCARD_SECTORS: u32 = 1 << 21;
-const MAX_ZERO_SECTORS: u32 = 1 << 15;
+const MAX_DISCARD_SECTORS: u32 = 1 << 17;
+const MAX_ZERO_SECTORS: u32 = 1 << 13;
 /// Ranges in one request of discarding or writing zeros.
 const MAX_RANGES: u32 = 16;
 const HEADER_BYTES: u64 = 16;

@@ -9,7 +9,7 @@
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -44,8 +44,10 @@ enum Peer {
     Absent,
     Stdio {
         input: Input,
+        /// If it is a terminal, that once more, as one that does not make its writer wait.
+        terminal: Option<Arc<File>>,
     },
-    File(File),
+    File(Arc<File>),
     Client(Arc<UnixStream>),
 }
 
@@ -60,6 +62,7 @@ impl Peer {
     fn output(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Gone | Self::Absent => None,
+            Self::Stdio { terminal: Some(terminal), .. } => Some(terminal.as_fd()),
             Self::Stdio { .. } => Some(stdout()),
             Self::File(file) => Some(file.as_fd()),
             Self::Client(stream) => Some(stream.as_fd()),
@@ -69,7 +72,7 @@ impl Peer {
     /// Writes what is taken at once.
     fn try_write(&self, bytes: &[u8]) -> rustix::io::Result<usize> {
         let Some(fd) = self.output() else { return Err(Errno::AGAIN) };
-        if let Self::Stdio { .. } = self {
+        if let Self::Stdio { terminal: None, .. } = self {
             // Others share this open file: it cannot be told not to wait.
             let mut poll = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
             let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -219,11 +222,16 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 pub(super) fn open(target: &SerialTarget) -> io::Result<(Arc<Output>, Outside)> {
     let (peer, listener, path) = match target {
         SerialTarget::Null => (Peer::Gone, None, None),
-        SerialTarget::Stdio => (Peer::Stdio { input: Input::Open }, None, None),
+        SerialTarget::Stdio => {
+            let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+            let again = || OpenOptions::new().write(true).custom_flags(flags).open("/proc/self/fd/1").ok();
+            let terminal = io::stdout().is_terminal().then(again).flatten().map(Arc::new);
+            (Peer::Stdio { input: Input::Open, terminal }, None, None)
+        }
         SerialTarget::File(path) => {
             let mut options = OpenOptions::new();
             let file = options.append(true).create(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-            (Peer::File(file), None, None)
+            (Peer::File(Arc::new(file)), None, None)
         }
         SerialTarget::Unix(path) => (Peer::Absent, Some(listen(path)?), Some(path.clone())),
     };
@@ -317,8 +325,12 @@ impl Server {
             Peer::Client(stream) => Some(stream.clone()),
             _ => None,
         };
+        let file = match &state.peer {
+            Peer::File(file) | Peer::Stdio { terminal: Some(file), .. } => Some(file.clone()),
+            _ => None,
+        };
         let stdio = matches!(state.peer, Peer::Stdio { .. });
-        let reads_stdin = matches!(state.peer, Peer::Stdio { input: Input::Open });
+        let reads_stdin = matches!(state.peer, Peer::Stdio { input: Input::Open, .. });
         let is_absent = matches!(state.peer, Peer::Absent);
         let writes = !state.waiting.is_empty() && self.patience.is_none();
         drop(state);
@@ -333,17 +345,14 @@ impl Server {
             let fd = client.as_deref().map_or_else(stdin, UnixStream::as_fd);
             fds.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
         }
-        // What is a file can always be written.
-        if writes && let Some(fd) = client.as_ref().map(AsFd::as_fd).or(stdio.then(stdout)) {
+        let outlet = client.as_ref().map(AsFd::as_fd).or(file.as_ref().map(AsFd::as_fd)).or(stdio.then(stdout));
+        if writes && let Some(fd) = outlet {
             fds.push(PollFd::from_borrowed_fd(fd, PollFlags::OUT));
         }
         let reads = client.is_some() || reads_stdin;
         let mut timeout = left;
         for limit in [self.patience, (reads && room == Room::Full).then_some(INPUT_PAUSE)].into_iter().flatten() {
             timeout = Some(timeout.map_or(limit, |timeout| timeout.min(limit)));
-        }
-        if writes && client.is_none() && !stdio && !is_absent {
-            timeout = Some(timeout.map_or(RETRY_PAUSE, |timeout| timeout.min(RETRY_PAUSE)));
         }
         sleep(&mut fds, timeout);
         let came =
@@ -373,7 +382,7 @@ impl Server {
         if end {
             let mut state = self.output.state();
             match &mut state.peer {
-                Peer::Stdio { input } => *input = Input::Ended,
+                Peer::Stdio { input, .. } => *input = Input::Ended,
                 peer @ Peer::Client(_) => *peer = Peer::Absent,
                 _ => {}
             }

