@@ -95,8 +95,8 @@ impl Disk {
         if let Some(image) = &self.image {
             image.flush()?;
         }
-        self.lock = None;
-        Ok(())
+        // Closing alone would leave it with a child process that has just been forked, until that executes its program.
+        self.lock.take().map_or(Ok(()), |lock| lock.unlock())
     }
 
     fn image(&mut self) -> io::Result<&mut FormatAccess<File>> {
