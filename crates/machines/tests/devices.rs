@@ -211,3 +211,48 @@ fn an_image_in_use_is_refused() {
     other.resume().unwrap();
     other.pause().unwrap();
 }
+
+/// Guests end in their ways, and a machine that takes over an ended guest knows how it has ended.
+#[test]
+fn guests_end() {
+    if !kvm() {
+        return;
+    }
+    let exit: &[u8] = &[0xb8, 0x2c, 1, 0, 0, 0xe7, 0xf4, 0xeb, 0xfe];
+    let reset: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe];
+    // An empty table of interrupts, and an undefined instruction.
+    let undefined: &[u8] = &[0x0f, 0x01, 0x1c, 0x25, 0, 0, 0x20, 0, 0x0f, 0x0b];
+    for (code, expected) in [(exit, Ended::Exit { value: 300 }), (reset, Ended::Reset), (undefined, Ended::Shutdown)] {
+        let one = machine(&DeviceConfig::default());
+        one.ram().blocks()[0].write(0x8000, code).unwrap();
+        assert_eq!(one.ended(), None);
+        one.resume().unwrap();
+        until("the guest ends", || one.ended().is_some());
+        assert_eq!(one.ended(), Some(expected));
+        one.pause().unwrap();
+        let other = KvmMachine::empty(MEMORY, 1, Backing::Base, &DeviceConfig::default()).unwrap();
+        other.load(one.save().unwrap()).unwrap();
+        other.resume().unwrap();
+        assert_eq!(other.ended(), Some(expected));
+        other.pause().unwrap();
+        println!("{expected}");
+    }
+}
+
+/// A guest that reads where there is nothing gets all ones.
+#[test]
+fn nothing_is_there() {
+    if !kvm() {
+        return;
+    }
+    // in al, 0x70; out 0xf4, al ends with what was read, and so with a word of memory past the devices.
+    let port: &[u8] = &[0xe4, 0x70, 0xe6, 0xf4, 0xeb, 0xfe];
+    let memory: &[u8] = &[0xbb, 0, 0, 0xf0, 0xd0, 0x8b, 0x03, 0x89, 0x03, 0xe7, 0xf4, 0xeb, 0xfe];
+    for (code, value) in [(port, 0xff), (memory, u32::MAX)] {
+        let machine = machine(&DeviceConfig::default());
+        machine.ram().blocks()[0].write(0x8000, code).unwrap();
+        machine.resume().unwrap();
+        until("the guest ends", || machine.ended().is_some());
+        assert_eq!(machine.ended(), Some(Ended::Exit { value }));
+    }
+}
