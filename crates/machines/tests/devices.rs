@@ -256,3 +256,32 @@ fn nothing_is_there() {
         assert_eq!(machine.ended(), Some(Ended::Exit { value }));
     }
 }
+
+/// A machine that is gone has let go of its images, its serial port's file and its threads.
+#[test]
+fn nothing_is_left_behind() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut devices = devices(directory.path());
+    let open = || {
+        let links = fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+        links.filter(|path| path.starts_with(directory.path())).count()
+    };
+    let one = machine(&devices);
+    one.resume().unwrap();
+    assert!(open() >= 2);
+    one.pause().unwrap();
+    drop(one);
+    assert_eq!(open(), 0);
+    // A running machine too, and then others can have what it had.
+    devices.serial = SerialTarget::Unix(directory.path().join("socket"));
+    for _ in 0..3 {
+        let running = machine(&devices);
+        running.resume().unwrap();
+        assert!(directory.path().join("socket").exists());
+        drop(running);
+        assert!(open() == 0 && !directory.path().join("socket").exists());
+    }
+}

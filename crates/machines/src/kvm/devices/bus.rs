@@ -91,7 +91,7 @@ impl Bus {
     pub(in crate::kvm) fn write_port(&self, port: u16, data: &[u8], gate: &Gate) {
         if let Some(offset) = serial_register(port) {
             for byte in data {
-                while self.serial.is_full() && gate.is_open() {
+                while offset == 0 && self.serial.is_full() && gate.is_open() {
                     gate.sleep(Instant::now() + OUTPUT_PAUSE);
                 }
                 self.serial.write(offset, *byte);

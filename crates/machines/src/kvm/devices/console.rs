@@ -371,7 +371,9 @@ impl Server {
     fn take_input(&self) {
         let client = match &self.output.state().peer {
             Peer::Client(stream) => Some(stream.clone()),
-            _ => None,
+            Peer::Stdio { .. } => None,
+            // The guest's thread has found out meanwhile that the client is gone.
+            _ => return,
         };
         let fd = client.as_deref().map_or_else(stdin, UnixStream::as_fd);
         let end = match self.sink.take(&mut |to| Ok(rustix::io::read(fd, to)?)) {
