@@ -12,7 +12,8 @@ use std::time::Duration;
 use common::{MIB, parameters, until};
 use dunlin::{Destination, Guest, Machine, Source, Status};
 use dunlin_machines::{
-    Backing, CpuModel, DeviceConfig, DiskAccess, DiskConfig, DiskFormat, Ended, KvmConfig, KvmMachine, SerialTarget,
+    Backing, CpuModel, DeviceConfig, DirtyTracking, DiskAccess, DiskConfig, DiskFormat, Ended, KvmConfig, KvmMachine,
+    SerialTarget,
 };
 
 const MEMORY: u64 = 32 * MIB;
@@ -59,6 +60,7 @@ fn devices(directory: &Path) -> DeviceConfig {
 
 fn machine(devices: &DeviceConfig) -> Arc<KvmMachine> {
     let config = KvmConfig {
+        dirty_tracking: DirtyTracking::Auto,
         memory_bytes: MEMORY,
         vcpus: 1,
         cpu: CpuModel::default(),
@@ -124,7 +126,7 @@ fn a_guest_moves_while_it_uses_its_devices() {
     let devices = devices(directory.path());
     let a = machine(&devices);
     install(&a);
-    let b = KvmMachine::empty(MEMORY, 1, Backing::Base, &devices).unwrap();
+    let b = KvmMachine::empty(MEMORY, 1, Backing::Base, DirtyTracking::Auto, &devices).unwrap();
     let (at_a, at_b) = (Guest::new(a.clone()), Guest::awaited(b.clone()));
     at_a.cont().unwrap();
     let serial = || fs::read(directory.path().join("serial")).unwrap();
@@ -165,7 +167,7 @@ fn other_devices_are_refused_by_name() {
         let mut changed = devices.clone();
         changed.serial = SerialTarget::Null;
         change(&mut changed);
-        let other = KvmMachine::empty(MEMORY, 1, Backing::Base, &changed).unwrap();
+        let other = KvmMachine::empty(MEMORY, 1, Backing::Base, DirtyTracking::Auto, &changed).unwrap();
         other.accept_profile(&source.profile()).err().map(|error| error.to_string())
     };
     assert_eq!(refusal(&|_| {}), None);
@@ -191,7 +193,7 @@ fn other_devices_are_refused_by_name() {
     );
     let mut missing = devices.clone();
     missing.disks[0].path = directory.path().join("none");
-    let error = KvmMachine::empty(MEMORY, 1, Backing::Base, &missing).unwrap_err().to_string();
+    let error = KvmMachine::empty(MEMORY, 1, Backing::Base, DirtyTracking::Auto, &missing).unwrap_err().to_string();
     assert!(error.starts_with("could not open disk /") && error.contains("No such file"), "{error}");
 }
 
@@ -230,7 +232,7 @@ fn guests_end() {
         until("the guest ends", || one.ended().is_some());
         assert_eq!(one.ended(), Some(expected));
         one.pause().unwrap();
-        let other = KvmMachine::empty(MEMORY, 1, Backing::Base, &DeviceConfig::default()).unwrap();
+        let other = KvmMachine::empty(MEMORY, 1, Backing::Base, DirtyTracking::Auto, &DeviceConfig::default()).unwrap();
         other.load(one.save().unwrap()).unwrap();
         other.resume().unwrap();
         assert_eq!(other.ended(), Some(expected));

@@ -69,7 +69,6 @@ impl Rig {
 
     pub(super) fn resume(&self) {
         self.transport.resume().unwrap();
-        self.transport.remind();
         self.worker.resume();
     }
 
