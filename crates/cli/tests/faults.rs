@@ -1,8 +1,9 @@
 //! What goes wrong between two processes: a cancel, a killed source, a killed destination, a cut connection, at random
-//! moments and at every step of the handover. Never do two guests run, and where a guest lives it is right.
+//! moments and at every step of the handover, with either kind of machine. Never do two guests run, and where a guest lives
+//! it is right; with one on KVM, so are its disk and what it has printed.
 //!
-//! * `DUNLIN_TEST_RUNS`: random moments for each fault, 8 by default; 50 make a thorough run. Every step of the
-//!   handover comes once besides.
+//! * `DUNLIN_TEST_RUNS`: random moments for each fault, 8 by default and 3 on KVM; 50 make a thorough run. Every step of
+//!   the handover comes once besides.
 //! * `DUNLIN_TEST_SEED`: of the random moments; printed.
 //!
 //! The tables are printed: `cargo test -p dunlin-cli --test faults -- --nocapture`.
@@ -28,6 +29,9 @@ use serde_json::json;
 
 const MEMORY: &str = "64M";
 const WORKLOAD: &str = "pattern=uniform,rate=100M/s,working-set=16M,content=random";
+/// A disk, the serial port and timer interrupts besides.
+const PAYLOAD: &str = "dirty:working-set=4M+io+timer";
+const DISK_BYTES: u64 = 1 << 17;
 /// How long both sides are watched after everything has settled.
 const WATCHED: Duration = Duration::from_millis(300);
 
@@ -53,6 +57,25 @@ impl Fault {
             Self::Cut => "cut",
             Self::CutForGood => "cut for good",
         }
+    }
+}
+
+/// What runs the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Synthetic,
+    Kvm,
+}
+
+impl Kind {
+    /// Whether it can be had; says so if not.
+    fn is_available(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if let (Self::Kvm, Err(error)) = (self, dunlin_machines::KvmMachine::available()) {
+            println!("skipped: {error}");
+            return false;
+        }
+        true
     }
 }
 
@@ -178,17 +201,57 @@ struct Trial {
     proxy: Proxy,
     source: Machine,
     destination: Machine,
-    _directory: tempfile::TempDir,
+    kind: Kind,
+    directory: tempfile::TempDir,
 }
 
 impl Trial {
-    fn start() -> Self {
+    fn start(kind: Kind) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let destination = Machine::destination(directory.path(), MEMORY);
-        let source = Machine::source(directory.path(), MEMORY, WORKLOAD, &[]);
+        let path = |name: &str| directory.path().join(name).display().to_string();
+        let disk = path("disk");
+        let serial = format!("file:{}", path("serial"));
+        let common = match kind {
+            Kind::Synthetic => vec!["--memory", MEMORY],
+            Kind::Kvm => {
+                std::fs::File::create(&disk).unwrap().set_len(DISK_BYTES).unwrap();
+                vec!["--machine", "kvm", "--memory", MEMORY, "--disk", &disk, "--serial", &serial]
+            }
+        };
+        let does = match kind {
+            Kind::Synthetic => ["--workload", WORKLOAD],
+            Kind::Kvm => ["--payload", PAYLOAD],
+        };
+        let incoming = ["--incoming", "tcp:127.0.0.1:0"];
+        let destination = Machine::start("destination", directory.path(), &[&common[..], &incoming].concat());
+        let source = Machine::start("source", directory.path(), &[&common[..], &does].concat());
         let proxy = Proxy::start(&destination.address());
         source.execute("query-status", json!({}));
-        Self { proxy, source, destination, _directory: directory }
+        Self { proxy, source, destination, kind, directory }
+    }
+
+    /// Has the machine that runs the guest check it, and what the guest has printed; it goes on if it is right.
+    fn verify(&self, machine: &Machine) -> Result<(), String> {
+        if self.kind == Kind::Synthetic {
+            return machine.verify().map(drop);
+        }
+        machine.execute("stop", json!({}));
+        let found = machine.execute("x-verify", json!({}));
+        ensure(found["verified"] == true, || found["summary"].to_string())?;
+        let units = found["units"].as_u64().unwrap();
+        let printed = self.printed()?;
+        ensure((units..=units + 1).contains(&printed), || format!("{printed} lines were printed in {units} units"))?;
+        machine.execute("cont", json!({}));
+        Ok(())
+    }
+
+    /// The whole lines that the guest has printed, wherever it was: the numbers of its units, each once and in order.
+    fn printed(&self) -> Result<u64, String> {
+        let text = std::fs::read_to_string(self.directory.path().join("serial")).unwrap_or_default();
+        let lines = text.matches('\n').count() as u64;
+        let expected: String = (1..=lines + 1).map(|unit| format!("{unit:016x}\n")).collect();
+        ensure(expected.starts_with(&text), || format!("after {lines} lines: {:?}", text.lines().next_back()))?;
+        Ok(lines)
     }
 
     /// What brings the fault about. What a frame was waiting for is lost with whom or what it hits.
@@ -251,9 +314,7 @@ impl Trial {
         destination.map_or(Ok(()), told)?;
         for (machine, end) in [(&self.source, source), (&self.destination, destination)] {
             match end {
-                Some(end) if end.running => {
-                    machine.verify()?;
-                }
+                Some(end) if end.running => self.verify(machine)?,
                 Some(_) => {
                     let refused = machine.try_execute("cont", json!({}));
                     ensure(refused.is_err(), || format!("the {} runs a guest that is not its own", machine.name))?;
@@ -297,14 +358,14 @@ impl Trial {
         let take_back = |machine: &Machine| -> Result<(), String> {
             machine.execute("cont", json!({"x-take-back": true}));
             ensure(machine.is_running(), || format!("taken back, the guest does not run at the {}", machine.name))?;
-            machine.verify().map(drop)
+            self.verify(machine)
         };
         let at_destination = || -> Result<(), String> {
             self.source.completed();
             self.destination.completed();
             ensure(self.source.state() == "postmigrate", || format!("the source is {}", self.source.state()))?;
             ensure(self.destination.is_running(), || "it does not run at the destination".to_owned())?;
-            self.destination.verify().map(drop)
+            self.verify(&self.destination)
         };
         let both_alive = self.source.is_alive() && self.destination.is_alive();
         self.proxy.link().mend();
@@ -321,6 +382,13 @@ impl Trial {
                 self.source.execute("migrate", json!({"resume": true}));
                 at_destination()?;
                 Ok("asked again: it runs at the destination")
+            }
+            // The destination may have run the guest before it died, which has left traces on the disk that a person who
+            // takes the guest back has to live with.
+            Found::SourceUndecided if self.kind == Kind::Kvm => {
+                self.source.execute("cont", json!({"x-take-back": true}));
+                ensure(self.source.is_running(), || "taken back, the guest does not run at the source".to_owned())?;
+                Ok("taken back")
             }
             Found::SourceUndecided => {
                 take_back(&self.source)?;
@@ -389,10 +457,10 @@ impl Trial {
 }
 
 /// How long a migration takes that nothing disturbs.
-fn usual_time() -> Duration {
-    static TIME: OnceLock<Duration> = OnceLock::new();
-    *TIME.get_or_init(|| {
-        let trial = Trial::start();
+fn usual_time(kind: Kind) -> Duration {
+    static TIMES: [OnceLock<Duration>; 2] = [const { OnceLock::new() }; 2];
+    *TIMES[kind as usize].get_or_init(|| {
+        let trial = Trial::start(kind);
         let began = Instant::now();
         trial.source.migrate(&trial.proxy.uri());
         let report = trial.source.completed();
@@ -400,7 +468,7 @@ fn usual_time() -> Duration {
         trial.destination.verified();
         assert_eq!(trial.proxy.problems(), Vec::<String>::new());
         println!(
-            "undisturbed: {:.1} ms, {} rounds, {:.1} ms downtime",
+            "undisturbed, {kind:?}: {:.1} ms, {} rounds, {:.1} ms downtime",
             took.as_secs_f64() * 1e3,
             report.rounds.len(),
             report.downtime_seconds * 1e3
@@ -409,12 +477,23 @@ fn usual_time() -> Duration {
     })
 }
 
-/// A fault at random moments and at every step.
+/// A fault at random moments and at every step, with a guest on KVM.
+fn kvm_table(fault: Fault) {
+    if Kind::Kvm.is_available() {
+        table_of(Kind::Kvm, fault, 3);
+    }
+}
+
+/// The same with one that is synthetic.
 fn table(fault: Fault) {
+    table_of(Kind::Synthetic, fault, 8);
+}
+
+fn table_of(kind: Kind, fault: Fault, usual_runs: u64) {
     let _turn = turn();
     let mut random = Random::new(fault.name());
-    let usual = usual_time();
-    let runs = number("DUNLIN_TEST_RUNS").unwrap_or(8);
+    let usual = usual_time(kind);
+    let runs = number("DUNLIN_TEST_RUNS").unwrap_or(usual_runs);
     let mut moments: Vec<Moment> = (0..runs).map(|_| Moment::Random(usual.mul_f64(random.fraction() * 1.05))).collect();
     for frame in Frame::ALL {
         moments.extend([When::Before, When::After].map(|when| Moment::Step(frame, when)));
@@ -424,7 +503,7 @@ fn table(fault: Fault) {
     let mut wrong = Vec::new();
     for (number, moment) in moments.iter().enumerate() {
         let place = format!("{:<25} | {:<15}", fault.name(), moment.to_string());
-        let outcome = catch_unwind(AssertUnwindSafe(|| Trial::start().run(fault, *moment, &mut random)));
+        let outcome = catch_unwind(AssertUnwindSafe(|| Trial::start(kind).run(fault, *moment, &mut random)));
         let line = match outcome {
             Ok(Ok((found, line))) => {
                 *counts.entry(found).or_default() += 1;
@@ -443,7 +522,7 @@ fn table(fault: Fault) {
         println!("{:>3} | {line}", number + 1);
     }
     println!(
-        "{}: {} runs ({runs} random moments, {} steps) in {:.0} s: {counts:?}, {} wrong",
+        "{kind:?}, {}: {} runs ({runs} random moments, {} steps) in {:.0} s: {counts:?}, {} wrong",
         fault.name(),
         moments.len(),
         Frame::ALL.len() * 2,
@@ -483,11 +562,41 @@ fn cut_for_good() {
     table(Fault::CutForGood);
 }
 
+#[test]
+fn kvm_cancel_at_the_source() {
+    kvm_table(Fault::CancelAtSource);
+}
+
+#[test]
+fn kvm_cancel_at_the_destination() {
+    kvm_table(Fault::CancelAtDestination);
+}
+
+#[test]
+fn kvm_kill_the_source() {
+    kvm_table(Fault::KillSource);
+}
+
+#[test]
+fn kvm_kill_the_destination() {
+    kvm_table(Fault::KillDestination);
+}
+
+#[test]
+fn kvm_cut_with_the_link_back() {
+    kvm_table(Fault::Cut);
+}
+
+#[test]
+fn kvm_cut_for_good() {
+    kvm_table(Fault::CutForGood);
+}
+
 /// With all parameters at their defaults, a link that is gone for two seconds between Release and Running.
 #[test]
 fn reconnect_with_the_defaults() {
     let _turn = turn();
-    let trial = Trial::start();
+    let trial = Trial::start(Kind::Synthetic);
     let watch = Watch::start(&trial.source, &trial.destination);
     trial.proxy.at(
         Frame::Release,
