@@ -58,7 +58,8 @@ pub(super) fn tracker(
 ) -> Result<Box<dyn DirtyTracker>, TrackerError> {
     let own = Some(own_writes);
     match rings {
-        // Neither these rings nor the log can be had from this VM any more. What knows nothing of KVM can.
+        // Neither these rings nor the log can be had from this VM any more. What knows nothing of KVM can, and it
+        // sees what the devices write, too.
         Some(rings) if rings.are_lost() => Ok(Box::new(WriteProtectTracker::new(&memory.ram)?)),
         Some(rings) => {
             // Who asks for a size wants to see rings fill.
