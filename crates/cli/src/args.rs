@@ -27,7 +27,7 @@ pub enum Command {
     /// Migrate a machine between two processes here, and verify it.
     Demo(Demo),
     /// Run a machine, or wait for one to come in.
-    Run(Run),
+    Run(Box<Run>),
     /// Migrate a running machine, and show how it goes.
     Migrate(Migrate),
     /// Tell what a machine and its migration are doing.
@@ -273,7 +273,7 @@ impl MachineKind {
             (Self::Synthetic, _, _, Some(_)) => {
                 Err("--dirty-tracker is for --machine kvm; the synthetic machine has one way of tracking writes")
             }
-            (Self::Kvm, Some(_), _, _) => Err("--workload is for --machine synthetic; use --payload"),
+            (Self::Kvm, Some(_), _, _) => Err("--workload is for --machine synthetic; use --payload or --kernel"),
             _ => Ok(()),
         }
     }
@@ -305,6 +305,15 @@ pub struct Run {
     /// allows), `ring:ENTRIES`, or `auto`, which is the log [default: auto].
     #[arg(long, value_name = "auto|log|ring", value_parser = dirty_tracker)]
     pub dirty_tracker: Option<DirtyTracking>,
+    /// A Linux kernel for a machine on KVM to start, `vmlinux` or `vmlinuz`. It comes with the guest if the guest comes in.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["payload", "workload", "fill", "incoming"])]
+    pub kernel: Option<PathBuf>,
+    /// The kernel's command line.
+    #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "console=ttyS0")]
+    pub cmdline: String,
+    /// The kernel's first file system.
+    #[arg(long, value_name = "PATH", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
     /// What the guest does: `idle`, or
     /// `pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,working-set=SIZE,content=random|text|sparse|counter`
     /// [default: idle]. Comes with the guest if it comes in.
@@ -522,6 +531,7 @@ mod tests {
             "run --memory 64M --machine kvm --dirty-tracker ring:4096 --qmp unix:/a",
             "run --memory 64M --machine kvm --payload counter --qmp unix:/a",
             "run --memory 64M --machine kvm --serial file:/b --disk /c --disk /d,format=qcow2,readonly=on,serial=x --rng --net tap=t --qmp unix:/a",
+            "run --memory 256M --machine kvm --kernel vmlinuz --initrd a.cpio --cmdline console=ttyS0 --qmp unix:/a",
             "run --memory 1.5GiB --vcpus 2 --fill zero:100 --seed 7 --qmp unix:/a",
             "run --memory 2G --incoming tcp:[::1]:0 --qmp /a",
             "run --memory 2G --incoming defer --qmp unix:/a",
@@ -550,6 +560,8 @@ mod tests {
             ("demo --workload walking", "walking"),
             ("demo --machine kvm --payload walking", "no payload"),
             ("demo --machine kvm --dirty-tracker rings", "auto, log, ring, or ring:ENTRIES"),
+            ("run --memory 1G --machine kvm --kernel a --payload counter --qmp /a", "cannot be used with"),
+            ("run --memory 1G --machine kvm --initrd a --qmp /a", "--kernel"),
             ("run --memory 1G", "--qmp"),
             ("run --memory 1G --serial tty --qmp unix:/a", "stdio, file:PATH"),
             ("run --memory 1G --disk a,format=vmdk --qmp unix:/a", "format=raw|qcow2"),

@@ -26,6 +26,9 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     args.machine
         .check(args.workload.as_ref(), args.payload.as_ref(), args.dirty_tracker)
         .map_err(|mistake| anyhow!(mistake))?;
+    if args.kernel.is_some() && args.machine != MachineKind::Kvm {
+        bail!("--kernel is for --machine kvm");
+    }
     let (vm, guest_end) = match args.machine {
         MachineKind::Synthetic if !args.devices.is_empty() => {
             bail!("--serial, --disk, --net and --rng are for --machine kvm")
@@ -39,7 +42,10 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
             vm.cont().context("could not start the guest")?;
             let does = match args.machine {
                 MachineKind::Synthetic => format!("workload {}", args.workload().map_err(|error| anyhow!(error))?),
-                MachineKind::Kvm => format!("on KVM, payload {}", args.payload()),
+                MachineKind::Kvm => match &args.kernel {
+                    Some(kernel) => format!("on KVM, kernel {}", kernel.display()),
+                    None => format!("on KVM, payload {}", args.payload()),
+                },
             };
             format!("guest running: {}, {does}", size(args))
         }
@@ -128,7 +134,7 @@ fn make(args: &Run) -> Result<Arc<Vm>> {
 
 #[cfg(target_arch = "x86_64")]
 fn make_kvm(args: &Run) -> Result<(Arc<Vm>, LookForEnd)> {
-    use dunlin_machines::{Ended, KvmConfig, KvmMachine};
+    use dunlin_machines::{Ended, Kernel, KvmConfig, KvmGuest, KvmMachine};
     let failed = || format!("could not make a machine of {} on KVM", size(args));
     let machine = if args.incoming.is_some() {
         if args.payload.is_some() || args.fill.is_some() {
@@ -137,16 +143,26 @@ fn make_kvm(args: &Run) -> Result<(Arc<Vm>, LookForEnd)> {
         let tracking = args.dirty_tracker.unwrap_or_default();
         KvmMachine::empty(args.memory, args.vcpus, args.hugepages, tracking, &args.devices.config())
     } else {
+        let guest = match &args.kernel {
+            Some(image) => KvmGuest::Kernel(Kernel {
+                image: image.clone(),
+                command_line: args.cmdline.clone(),
+                initrd: args.initrd.clone(),
+            }),
+            None => KvmGuest::Payload {
+                payload: args.payload(),
+                fill: args.fill().map_err(|error| anyhow!(error))?,
+                seed: args.seed,
+            },
+        };
         KvmMachine::new(&KvmConfig {
             memory_bytes: args.memory,
             vcpus: args.vcpus,
             cpu: args.cpu,
-            payload: args.payload(),
-            fill: args.fill().map_err(|error| anyhow!(error))?,
             backing: args.hugepages,
-            seed: args.seed,
             dirty_tracking: args.dirty_tracker.unwrap_or_default(),
             devices: args.devices.config(),
+            guest,
         })
     };
     let machine = machine.with_context(failed)?;
@@ -155,7 +171,7 @@ fn make_kvm(args: &Run) -> Result<(Arc<Vm>, LookForEnd)> {
         let ended = ending.ended()?;
         let status = match ended {
             Ended::Exit { value } => u8::try_from(value).unwrap_or(u8::MAX),
-            Ended::Reset | Ended::Halted => 0,
+            Ended::Reset | Ended::Halted | Ended::Off => 0,
             _ => 1,
         };
         Some(GuestEnd { line: ended.to_string(), status })

@@ -19,7 +19,9 @@ mod tracking;
 
 pub use device_config::{DeviceConfig, DiskAccess, DiskConfig, DiskFormat, NetConfig, SerialTarget};
 #[cfg(target_arch = "x86_64")]
-pub use kvm::{CpuModel, CpuModelError, Ended, KvmConfig, KvmError, KvmMachine, KvmReport};
+pub use kvm::{
+    BootError, CpuModel, CpuModelError, Ended, Kernel, KvmConfig, KvmError, KvmGuest, KvmMachine, KvmReport,
+};
 pub use payload::{MemoryJob, Payload, PayloadError};
 pub use synthetic::{Backing, Fault, Fill, SyntheticConfig, SyntheticError, SyntheticMachine, VerifyReport, Workload};
 pub use tracking::{DirtyTracking, DirtyTrackingError};

@@ -12,8 +12,8 @@ use std::time::Duration;
 use common::{MIB, parameters, until};
 use dunlin::{Destination, Guest, Machine, Source, Status};
 use dunlin_machines::{
-    Backing, CpuModel, DeviceConfig, DirtyTracking, DiskAccess, DiskConfig, DiskFormat, Ended, KvmConfig, KvmMachine,
-    SerialTarget,
+    Backing, CpuModel, DeviceConfig, DirtyTracking, DiskAccess, DiskConfig, DiskFormat, Ended, KvmConfig, KvmGuest,
+    KvmMachine, SerialTarget,
 };
 
 const MEMORY: u64 = 32 * MIB;
@@ -64,10 +64,8 @@ fn machine(devices: &DeviceConfig) -> Arc<KvmMachine> {
         memory_bytes: MEMORY,
         vcpus: 1,
         cpu: CpuModel::default(),
-        payload: "counter".parse().unwrap(),
-        fill: "zero:100".parse().unwrap(),
+        guest: KvmGuest::Payload { payload: "counter".parse().unwrap(), fill: "zero:100".parse().unwrap(), seed: 7 },
         backing: Backing::Base,
-        seed: 7,
         devices: devices.clone(),
     };
     KvmMachine::new(&config).unwrap()

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::{MIB, parameters, runs, until};
 use dunlin::memory::{DirtyBitmap, TrackerError};
 use dunlin::{Destination, Guest, Machine, Source, Status};
-use dunlin_machines::{Backing, CpuModel, DeviceConfig, DirtyTracking, KvmConfig, KvmError, KvmMachine};
+use dunlin_machines::{Backing, CpuModel, DeviceConfig, DirtyTracking, KvmConfig, KvmError, KvmGuest, KvmMachine};
 
 const MEMORY: u64 = 32 * MIB;
 
@@ -55,10 +55,12 @@ fn machine(vcpus: u32, payload: &str, dirty_tracking: DirtyTracking) -> Arc<KvmM
         memory_bytes: MEMORY,
         vcpus,
         cpu: CpuModel::default(),
-        payload: payload.parse().unwrap(),
-        fill: "zero:30,random:40,text:30".parse().unwrap(),
+        guest: KvmGuest::Payload {
+            payload: payload.parse().unwrap(),
+            fill: "zero:30,random:40,text:30".parse().unwrap(),
+            seed: 7,
+        },
         backing: Backing::Base,
-        seed: 7,
         dirty_tracking,
         devices: DeviceConfig::default(),
     };

@@ -5,8 +5,8 @@ use std::io;
 use dunlin::memory::{MemoryError, TrackerError};
 
 use super::MAX_VCPUS;
-use super::x86::LOW_BYTES;
 use super::x86::cpu::CpuModel;
+use super::x86::{BootError, LOW_BYTES};
 use crate::sections::StateError;
 use crate::synthetic::SyntheticError;
 
@@ -114,6 +114,14 @@ pub enum KvmError {
     /// RAM could not be filled.
     #[error("{0}")]
     Fill(#[from] SyntheticError),
+    /// A kernel could not be put into memory.
+    #[error("{0}")]
+    Boot(#[from] BootError),
+    /// Nobody knows what this guest's memory must hold.
+    #[error(
+        "this guest cannot be verified: it is a kernel, and only of built-in guests is it known what memory must hold"
+    )]
+    NotVerifiable,
     /// There is nothing to run yet.
     #[error("the machine is empty: no state has been loaded into it")]
     Empty,

@@ -7,6 +7,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
+use super::x86::Map;
 use super::{KvmError, kvm};
 use crate::Backing;
 
@@ -75,6 +76,12 @@ impl Memory {
     /// Bytes below the hole.
     pub(super) fn low_bytes(&self) -> u64 {
         self.ram.blocks().first().map_or(0, dunlin::memory::RamBlock::size_bytes)
+    }
+
+    /// As a kernel sees it.
+    pub(super) fn map(&self) -> Map<'_> {
+        let high = self.ram.blocks().get(1).map(|block| (HOLE_END, block.size_bytes()));
+        Map { memory: &self.guest, low_bytes: self.low_bytes(), high }
     }
 
     /// Gives the slots to a VM.

@@ -1,5 +1,5 @@
-//! A small microVM on KVM: RAM in memfds, vCPUs with KVM's own interrupt controllers and interval timer, and built-in
-//! bare-metal guests of which everything in memory follows from how many steps each vCPU has done.
+//! A small microVM on KVM: RAM in memfds, vCPUs with KVM's own interrupt controllers and interval timer; Linux in it, or
+//! built-in bare-metal guests of which everything in memory follows from how many steps each vCPU has done.
 //!
 //! What is x86-64 of it is in `x86`. What must stay true: a vCPU's state is read and written only while its thread waits at
 //! the gate, out of KVM_RUN and with no instruction half done.
@@ -24,6 +24,7 @@ pub use devices::Ended;
 pub use error::KvmError;
 pub use verify::KvmReport;
 pub use x86::cpu::{CpuModel, CpuModelError};
+pub use x86::{BootError, Kernel};
 
 use devices::{Description, Devices, OwnWrites};
 use error::kvm;
@@ -54,28 +55,55 @@ pub struct KvmConfig {
     pub vcpus: u32,
     /// The CPU that the guest sees.
     pub cpu: CpuModel,
-    /// The guest.
-    pub payload: Payload,
-    /// What RAM holds at the start, above the first MiB.
-    pub fill: Fill,
     /// The host's pages that RAM is made of.
     pub backing: Backing,
-    /// What RAM holds follows from it.
-    pub seed: u64,
     /// How its writes are tracked.
     pub dirty_tracking: DirtyTracking,
     /// What the guest has besides.
     pub devices: DeviceConfig,
+    /// The guest.
+    pub guest: KvmGuest,
+}
+
+/// What runs in a machine.
+#[derive(Debug, Clone)]
+pub enum KvmGuest {
+    /// A built-in guest, which can be verified.
+    Payload {
+        /// What it does.
+        payload: Payload,
+        /// What RAM holds at the start, above the first MiB.
+        fill: Fill,
+        /// What RAM holds follows from it.
+        seed: u64,
+    },
+    /// Linux.
+    Kernel(Kernel),
 }
 
 /// What the machine is and does, once it is known.
 #[derive(Debug, Clone)]
 struct Identity {
+    content: Content,
+    /// The CPU's features that each vCPU was given.
+    cpuid: Vec<Vec<Leaf>>,
+}
+
+/// What RAM holds.
+#[derive(Debug, Clone)]
+enum Content {
+    /// What follows from the work that a built-in guest has done.
+    Known(Known),
+    /// What a kernel has made of it.
+    Unknown,
+}
+
+/// A built-in guest, and what its RAM held at the start.
+#[derive(Debug, Clone)]
+struct Known {
     program: Program,
     fill: Fill,
     seed: u64,
-    /// The CPU's features that each vCPU was given.
-    cpuid: Vec<Vec<Leaf>>,
 }
 
 /// A virtual machine of KVM.
@@ -118,9 +146,14 @@ struct Profile {
 struct Config {
     memory_bytes: u64,
     vcpus: u32,
-    payload: Payload,
-    fill: Fill,
-    seed: u64,
+    guest: GuestConfig,
+}
+
+/// Which guest it is, for whoever takes it over.
+#[derive(Debug, Serialize, Deserialize)]
+enum GuestConfig {
+    Payload { payload: Payload, fill: Fill, seed: u64 },
+    Kernel,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -143,15 +176,13 @@ impl KvmMachine {
     pub fn new(config: &KvmConfig) -> Result<Arc<Self>, KvmError> {
         let KvmConfig { memory_bytes, vcpus, backing, dirty_tracking, devices, .. } = config;
         let machine = Self::empty(*memory_bytes, *vcpus, *backing, *dirty_tracking, devices)?;
-        let program =
-            Program::new(config.payload.clone(), config.vcpus, machine.memory.low_bytes(), machine.sectors())?;
-        for (number, block) in machine.memory.ram.blocks().iter().enumerate() {
-            let address = machine.memory.address(number);
-            let pages = block.size_bytes() / 4096;
-            let first = if address == 0 { x86::LOW_BYTES / 4096 } else { 0 };
-            fill_pages(block, address / 4096, &config.fill, config.seed, first..pages)?;
-        }
-        machine.block()?.write(0, &program.low_memory(machine.memory.end(), config.vcpus))?;
+        let started = match &config.guest {
+            KvmGuest::Payload { payload, fill, seed } => Started::Program(machine.put_payload(payload, fill, *seed)?),
+            KvmGuest::Kernel(kernel) => {
+                let windows = machine.devices.windows();
+                Started::Kernel(x86::load_kernel(kernel, machine.memory.map(), config.vcpus, &windows)?)
+            }
+        };
         let model = config.cpu;
         let cpuid: Vec<_> =
             (0..config.vcpus).map(|vcpu| cpu::leaves(model, &machine.host.cpuid, vcpu, config.vcpus)).collect();
@@ -162,10 +193,30 @@ impl KvmMachine {
             let fd = vcpu.fd();
             let fd = fd.as_ref().ok_or(KvmError::Empty)?;
             x86::set_cpuid(fd, leaves)?;
-            x86::boot(fd, number, &program)?;
+            match &started {
+                Started::Program(known) => x86::boot(fd, number, &known.program)?,
+                Started::Kernel(entry) => x86::boot_linux(fd, number, *entry)?,
+            }
         }
-        machine.identify(Identity { program, fill: config.fill.clone(), seed: config.seed, cpuid });
+        let content = match started {
+            Started::Program(known) => Content::Known(known),
+            Started::Kernel(_) => Content::Unknown,
+        };
+        machine.identify(Identity { content, cpuid });
         Ok(machine)
+    }
+
+    /// Puts a built-in guest into RAM.
+    fn put_payload(&self, payload: &Payload, fill: &Fill, seed: u64) -> Result<Known, KvmError> {
+        let program = Program::new(payload.clone(), self.count, self.memory.low_bytes(), self.sectors())?;
+        for (number, block) in self.memory.ram.blocks().iter().enumerate() {
+            let address = self.memory.address(number);
+            let pages = block.size_bytes() / 4096;
+            let first = if address == 0 { x86::LOW_BYTES / 4096 } else { 0 };
+            fill_pages(block, address / 4096, fill, seed, first..pages)?;
+        }
+        self.block()?.write(0, &program.low_memory(self.memory.end(), self.count))?;
+        Ok(Known { program, fill: fill.clone(), seed })
     }
 
     /// A machine with untouched RAM, for a state to be loaded into.
@@ -228,7 +279,11 @@ impl KvmMachine {
 
     /// From here on the machine is that, and its vCPUs keep its pace.
     fn identify(&self, identity: Identity) {
-        let rate = match identity.program.payload.memory {
+        let memory_job = match &identity.content {
+            Content::Known(known) => known.program.payload.memory.clone(),
+            Content::Unknown => None,
+        };
+        let rate = match memory_job {
             Some(MemoryJob::Dirty { rate_bytes_per_second, .. }) => rate_bytes_per_second,
             _ => None,
         };
@@ -295,15 +350,15 @@ impl KvmMachine {
     /// # Errors
     /// When the machine is empty, or RAM or registers cannot be read. What is wrong with the guest is in the report.
     pub fn verify(&self) -> Result<KvmReport, KvmError> {
-        let identity = self.identity()?;
+        let Content::Known(known) = self.identity()?.content else { return Err(KvmError::NotVerifiable) };
         let _control = lock(&self.control);
         let was_running = self.vcpus.pause();
         if was_running {
             self.devices.pause()?;
         }
-        let report = self.found(&identity).and_then(|found| {
+        let report = self.found(&known).and_then(|found| {
             let image = self.devices.image()?;
-            verify::verify(&self.memory, &identity, found, image.as_ref())
+            verify::verify(&self.memory, &known, found, image.as_ref())
         });
         if was_running {
             self.devices.resume()?;
@@ -313,12 +368,12 @@ impl KvmMachine {
     }
 
     /// What each vCPU's registers say: what it has done, or what is wrong.
-    fn found(&self, identity: &Identity) -> Result<Vec<Result<Progress, String>>, KvmError> {
+    fn found(&self, known: &Known) -> Result<Vec<Result<Progress, String>>, KvmError> {
         let mut found = Vec::new();
         for (number, vcpu) in self.vcpus.all().iter().enumerate() {
             found.push(match (vcpu.stopped(), &*vcpu.fd()) {
                 (Some(why), _) => Err(format!("vCPU {number} has stopped: {why}")),
-                (None, Some(fd)) => x86::progress(fd, number, &identity.program)?,
+                (None, Some(fd)) => x86::progress(fd, number, &known.program)?,
                 (None, None) => Err(format!("vCPU {number} was never made")),
             });
         }
@@ -365,7 +420,13 @@ impl KvmMachine {
             pit: find(sections, "pit", 0)?,
             clock: find(sections, "clock", 0)?,
         };
-        let program = Program::new(config.payload, self.count, self.memory.low_bytes(), self.sectors())?;
+        let content = match config.guest {
+            GuestConfig::Payload { payload, fill, seed } => {
+                let program = Program::new(payload, self.count, self.memory.low_bytes(), self.sectors())?;
+                Content::Known(Known { program, fill, seed })
+            }
+            GuestConfig::Kernel => Content::Unknown,
+        };
         let mut hypervisor = lock(&self.hypervisor);
         // What ran before leaves timers and interrupts behind, and its CPU's features could not be changed any more.
         if std::mem::replace(&mut hypervisor.used, true) {
@@ -377,15 +438,25 @@ impl KvmMachine {
             }
             (hypervisor.vm, hypervisor.rings) = (vm, rings);
         }
-        for (vcpu, state) in self.vcpus.all().iter().zip(&vcpus) {
-            x86::load_vcpu(vcpu.fd().as_ref().ok_or(KvmError::Empty)?, &self.host, state)?;
+        let fds: Vec<_> = self.vcpus.all().iter().map(|vcpu| vcpu.fd()).collect();
+        let loading = fds.iter().filter_map(|fd| fd.as_ref()).zip(&vcpus);
+        x86::load_time(&hypervisor.vm, &state.clock, loading.clone())?;
+        for (fd, state) in loading {
+            x86::load_vcpu(fd, &self.host, state)?;
         }
+        drop(fds);
         x86::load_vm(&hypervisor.vm, &state)?;
         self.devices.load(sections)?;
         let cpuid = vcpus.into_iter().map(|vcpu| vcpu.cpuid).collect();
-        self.identify(Identity { program, fill: config.fill, seed: config.seed, cpuid });
+        self.identify(Identity { content, cpuid });
         Ok(())
     }
+}
+
+/// A guest in RAM, and how its vCPUs start.
+enum Started {
+    Program(Known),
+    Kernel(x86::Entry),
 }
 
 fn open() -> Result<Kvm, KvmError> {
@@ -469,10 +540,16 @@ impl Machine for KvmMachine {
     }
 
     fn save(&self) -> Result<Vec<StateSection>, MachineError> {
-        let Identity { program, fill, seed, cpuid } = self.identity()?;
+        let Identity { content, cpuid } = self.identity()?;
         self.check_vcpus()?;
         let (memory_bytes, vcpus) = (self.memory_bytes, self.count);
-        let config = Config { memory_bytes, vcpus, payload: program.payload, fill, seed };
+        let guest = match content {
+            Content::Known(Known { program, fill, seed }) => {
+                GuestConfig::Payload { payload: program.payload, fill, seed }
+            }
+            Content::Unknown => GuestConfig::Kernel,
+        };
+        let config = Config { memory_bytes, vcpus, guest };
         let mut sections = vec![section("config", 0, &config)?];
         for ((number, vcpu), given) in self.vcpus.all().iter().enumerate().zip(&cpuid) {
             let state = x86::save_vcpu(vcpu.fd().as_ref().ok_or(KvmError::Empty)?, &self.host, given)?;

@@ -76,6 +76,9 @@ impl Vcpu {
         let mut fd = self.fd();
         let ended = match &mut *fd {
             Some(fd) => {
+                // So that a guest which keeps time by KVM's clock does not take it for a hang that it stood still. KVM refuses
+                // as long as a guest does not.
+                let _ = fd.kvmclock_ctrl();
                 let _kick = Kick::prepare(fd);
                 self.run_guest(fd, gate, bus)
             }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::devices::Image;
 use super::memory::Memory;
 use super::x86::{LOW_BYTES, Progress, SECTOR_BYTES, STORES, visit};
-use super::{Identity, KvmError};
+use super::{Known, KvmError};
 use crate::synthetic::content::Page;
 
 const PAGE: u64 = 4096;
@@ -76,7 +76,7 @@ impl fmt::Display for KvmReport {
 /// Verifies the RAM of a stopped machine whose vCPUs have done `steps`, or have registers that are wrong.
 pub(super) fn verify(
     memory: &Memory,
-    identity: &Identity,
+    known: &Known,
     found: Vec<Result<Progress, String>>,
     image: Option<&Image>,
 ) -> Result<KvmReport, KvmError> {
@@ -94,21 +94,21 @@ pub(super) fn verify(
         report.interval_ticks += intervals;
         report.units += units;
     }
-    if let Some(image) = image.filter(|_| identity.program.payload.io) {
+    if let Some(image) = image.filter(|_| known.program.payload.io) {
         let units = progress.first().map_or(0, |progress| progress.units);
-        disk(identity, units, image, &mut report)?;
+        disk(known, units, image, &mut report)?;
     }
     let steps: Vec<u64> = progress.iter().map(|progress| progress.steps).collect();
     for (block, ram_block) in memory.ram.blocks().iter().enumerate() {
         let address = memory.address(block);
         let first = if address == 0 {
-            low(ram_block, memory.end(), identity, &progress, &mut report)?;
+            low(ram_block, memory.end(), known, &progress, &mut report)?;
             LOW_BYTES / PAGE
         } else {
             0
         };
         for page in first..ram_block.size_bytes() / PAGE {
-            check_page(ram_block, address, page, identity, &steps, &mut report)?;
+            check_page(ram_block, address, page, known, &steps, &mut report)?;
         }
     }
     Ok(report)
@@ -118,15 +118,15 @@ pub(super) fn verify(
 fn low(
     block: &RamBlock,
     memory_end: u64,
-    identity: &Identity,
+    known: &Known,
     progress: &[Progress],
     report: &mut KvmReport,
 ) -> Result<(), KvmError> {
-    let mut expected = identity.program.low_memory(memory_end, progress.len() as u32);
+    let mut expected = known.program.low_memory(memory_end, progress.len() as u32);
     let mut found = vec![0; LOW_BYTES as usize];
     block.read(0, &mut found)?;
     report.pages_written += progress.len() as u64;
-    identity.program.expect_low(&mut expected, &found, progress, |fault| report.fault(|| fault));
+    known.program.expect_low(&mut expected, &found, progress, |fault| report.fault(|| fault));
     for (number, (found, expected)) in found.chunks(4096).zip(expected.chunks(4096)).enumerate() {
         report.pages_checked += 1;
         if found != expected {
@@ -137,8 +137,8 @@ fn low(
 }
 
 /// The disk, which was all zeros at the start: every sector has the latest unit that was written to it.
-fn disk(identity: &Identity, units: u64, image: &Image, report: &mut KvmReport) -> Result<(), KvmError> {
-    let program = &identity.program;
+fn disk(known: &Known, units: u64, image: &Image, report: &mut KvmReport) -> Result<(), KvmError> {
+    let program = &known.program;
     let mut piece = vec![0; PIECE_BYTES];
     let mut first = 0;
     while first < program.sectors {
@@ -166,7 +166,7 @@ fn check_page(
     block: &RamBlock,
     address: u64,
     page: u64,
-    identity: &Identity,
+    known: &Known,
     steps: &[u64],
     report: &mut KvmReport,
 ) -> Result<(), KvmError> {
@@ -174,15 +174,15 @@ fn check_page(
     let guest_address = address + offset;
     let (mut found, mut expected): (Page, Page) = ([0; 4096], [0; 4096]);
     block.read(offset, &mut found)?;
-    identity.fill.page(identity.seed, guest_address / PAGE, &mut expected);
+    known.fill.page(known.seed, guest_address / PAGE, &mut expected);
     report.pages_checked += 1;
-    let Some((vcpu, place)) = identity.program.visitor(guest_address) else {
+    let Some((vcpu, place)) = known.program.visitor(guest_address) else {
         if found != expected {
             report.fault(|| describe(guest_address, &found, &expected));
         }
         return Ok(());
     };
-    let pages = identity.program.slices.get(vcpu).map_or(1, |slice| slice.pages.max(1));
+    let pages = known.program.slices.get(vcpu).map_or(1, |slice| slice.pages.max(1));
     let steps = steps.get(vcpu).copied().unwrap_or(0);
     let (rounds, next) = (steps / pages, steps % pages);
     let visits = rounds + u64::from(place < next);

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use dunlin::{Destination, Guest, Report, Source, Status};
 use dunlin_machines::{
-    Backing, CpuModel, DeviceConfig, DirtyTracking, DiskAccess, DiskConfig, DiskFormat, KvmConfig, KvmMachine,
-    KvmReport, SerialTarget,
+    Backing, CpuModel, DeviceConfig, DirtyTracking, DiskAccess, DiskConfig, DiskFormat, KvmConfig, KvmGuest,
+    KvmMachine, KvmReport, SerialTarget,
 };
 
 use super::{MIB, parameters, until};
@@ -74,10 +74,12 @@ impl World {
             memory_bytes: self.memory_bytes,
             vcpus: self.vcpus,
             cpu: CpuModel::default(),
-            payload: self.payload.parse().unwrap(),
-            fill: "zero:30,random:40,text:30".parse().unwrap(),
+            guest: KvmGuest::Payload {
+                payload: self.payload.parse().unwrap(),
+                fill: "zero:30,random:40,text:30".parse().unwrap(),
+                seed: 7,
+            },
             backing,
-            seed: 7,
             dirty_tracking: self.tracking,
             devices: self.devices(),
         }

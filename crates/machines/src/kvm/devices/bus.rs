@@ -4,7 +4,7 @@
 //! are not there.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::mmio::{Transport, WINDOW_BYTES};
 use super::serial::SerialPort;
 use crate::gate::Gate;
+use crate::kvm::x86::{Power, Written};
 
 /// The serial port's first register.
 const SERIAL_PORT: u16 = 0x3f8;
@@ -35,6 +36,8 @@ pub enum Ended {
     },
     /// It has asked for a reset.
     Reset,
+    /// It has switched itself off.
+    Off,
     /// A vCPU met a fault in handling a fault in handling a fault, or the guest shut down.
     Shutdown,
     /// A vCPU has halted for good.
@@ -46,6 +49,7 @@ impl fmt::Display for Ended {
         match self {
             Self::Exit { value } => write!(f, "the guest has exited with {value}"),
             Self::Reset => f.write_str("the guest has asked for a reset"),
+            Self::Off => f.write_str("the guest has switched itself off"),
             Self::Shutdown => f.write_str("the guest has shut down by a triple fault"),
             Self::Halted => f.write_str("the guest has halted"),
         }
@@ -57,12 +61,13 @@ impl fmt::Display for Ended {
 pub(in crate::kvm) struct Bus {
     pub(super) serial: SerialPort,
     pub(super) transports: Vec<Arc<Transport>>,
+    power: Mutex<Power>,
     ended: Mutex<Option<Ended>>,
 }
 
 impl Bus {
     pub(super) fn new(serial: SerialPort, transports: Vec<Arc<Transport>>) -> Self {
-        Self { serial, transports, ended: Mutex::default() }
+        Self { serial, transports, power: Mutex::default(), ended: Mutex::default() }
     }
 
     /// How the guest has ended, if it has.
@@ -72,6 +77,11 @@ impl Bus {
 
     pub(super) fn set_ended(&self, ended: Option<Ended>) {
         *self.ended.lock().unwrap_or_else(PoisonError::into_inner) = ended;
+    }
+
+    /// The power management's registers.
+    pub(super) fn power(&self) -> MutexGuard<'_, Power> {
+        self.power.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The guest ends. The first end counts.
@@ -84,6 +94,8 @@ impl Bus {
         data.fill(0xff);
         if let Some(offset) = serial_register(port) {
             data.iter_mut().for_each(|byte| *byte = self.serial.read(offset));
+        } else if Power::has(port, data.len()) {
+            self.power().read(port, data);
         }
     }
 
@@ -95,6 +107,10 @@ impl Bus {
                     gate.sleep(Instant::now() + OUTPUT_PAUSE);
                 }
                 self.serial.write(offset, *byte);
+            }
+        } else if Power::has(port, data.len()) {
+            if self.power().write(port, data) == Written::Off {
+                self.end(Ended::Off);
             }
         } else if port == DEBUG_EXIT_PORT {
             let mut value = [0; 4];

@@ -46,11 +46,13 @@ use serial::{PortState, SerialPort};
 use worker::Worker;
 
 use super::KvmError;
+use super::x86::{Power, VirtioWindow};
 use crate::device_config::{DeviceConfig, DiskConfig};
 use crate::sections::{StateError, find, section};
 
 const SERIAL_SECTION: &str = "serial";
 const TRANSPORT_SECTION: &str = "virtio-mmio";
+const POWER_SECTION: &str = "power";
 const END_SECTION: &str = "end";
 
 const SERIAL_LINE: u32 = 4;
@@ -147,6 +149,14 @@ impl Devices {
         self.disk.as_ref().map(open).transpose()
     }
 
+    /// Where a guest finds the virtio devices.
+    pub(super) fn windows(&self) -> Vec<VirtioWindow> {
+        let addresses = (bus::DEVICES_START..).step_by(mmio::WINDOW_BYTES as usize);
+        let windows = self.bus.transports.iter().zip(addresses).zip(LINES);
+        let window = |((_, address), irq)| VirtioWindow { address, bytes: mmio::WINDOW_BYTES, irq };
+        windows.map(window).collect()
+    }
+
     /// From now on their interrupts go to this VM.
     pub(super) fn connect(&self, vm: Arc<VmFd>) {
         self.lines.connect(vm);
@@ -198,6 +208,7 @@ impl Devices {
         for (number, transport) in (0..).zip(&self.bus.transports) {
             sections.push(section(TRANSPORT_SECTION, number, &transport.save())?);
         }
+        sections.push(section(POWER_SECTION, 0, &*self.bus.power())?);
         sections.push(section(END_SECTION, 0, &self.bus.ended())?);
         Ok(sections)
     }
@@ -205,7 +216,7 @@ impl Devices {
     /// Whether a section is one of these devices'.
     pub(super) fn knows(&self, section: &StateSection) -> bool {
         match section.name.as_str() {
-            SERIAL_SECTION | END_SECTION => section.instance == 0,
+            SERIAL_SECTION | POWER_SECTION | END_SECTION => section.instance == 0,
             TRANSPORT_SECTION => (section.instance as usize) < self.bus.transports.len(),
             _ => false,
         }
@@ -214,6 +225,7 @@ impl Devices {
     /// Takes over the state of devices elsewhere, which have been paused.
     pub(super) fn load(&self, sections: &[StateSection]) -> Result<(), KvmError> {
         let serial: PortState = find(sections, SERIAL_SECTION, 0)?;
+        let power: Power = find(sections, POWER_SECTION, 0)?;
         let ended: Option<Ended> = find(sections, END_SECTION, 0)?;
         let damaged = |problem| StateError::Damaged { name: SERIAL_SECTION, instance: 0, problem };
         self.bus.serial.load(serial).map_err(damaged)?;
@@ -222,6 +234,7 @@ impl Devices {
             let name = format!("{} (device {number})", transport.name());
             transport.load(state, number)?.map_err(failed(name, "open anew"))?;
         }
+        *self.bus.power() = power;
         self.bus.set_ended(ended);
         Ok(())
     }

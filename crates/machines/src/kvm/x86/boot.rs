@@ -1,9 +1,11 @@
-//! A vCPU's first state: 64-bit mode, at the built-in guest's code.
+//! A vCPU's first state: in 64-bit mode at the built-in guest's code, or as Linux' boot protocols want it.
 
 use kvm_bindings::{kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 
+use super::linux::{self, Entry};
 use super::program::{CODE, GDT, IDT, PAGE_TABLES, Program, Progress, Slice};
+use super::state;
 use crate::kvm::{KvmError, kvm};
 
 /// None, code and data.
@@ -36,6 +38,38 @@ fn segment(selector: u16, kind: u8, long: u8) -> kvm_segment {
         g: 1,
         ..kvm_segment::default()
     }
+}
+
+/// Sets a new vCPU's registers for Linux: the first starts at its entry, the others wait for it to start them.
+pub(in crate::kvm) fn boot_linux(fd: &VcpuFd, vcpu: usize, entry: Entry) -> Result<(), KvmError> {
+    state::write_back_memory(fd)?;
+    if vcpu > 0 {
+        return Ok(());
+    }
+    let mut sregs = fd.get_sregs().map_err(kvm("get a vCPU's system registers"))?;
+    let data = segment(0x18, 3, 0);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    // A task state segment that is busy.
+    sregs.tr = kvm_segment { limit: 0x67, type_: 0xb, present: 1, ..kvm_segment::default() };
+    sregs.gdt.base = linux::GDT;
+    sregs.gdt.limit = (size_of_val(&linux::GDT_ENTRIES) - 1) as u16;
+    (sregs.idt.base, sregs.idt.limit) = (0, 0);
+    let mut regs = kvm_regs { rflags: 2, ..kvm_regs::default() };
+    match entry {
+        Entry::Pvh { code, start } => {
+            sregs.cs = segment(8, 0xb, 0);
+            // Protected mode, and the bit that cannot be cleared.
+            (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (1 | 1 << 4, 0, 0, 0);
+            (regs.rip, regs.rbx) = (code, start);
+        }
+        Entry::Long { code, start } => {
+            sregs.cs = segment(0x10, 0xb, 1);
+            (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, linux::PAGE_TABLES, CR4, EFER);
+            (regs.rip, regs.rsi) = (code, start);
+        }
+    }
+    fd.set_sregs(&sregs).map_err(kvm("set a vCPU's system registers"))?;
+    fd.set_regs(&regs).map_err(kvm("set a vCPU's registers"))
 }
 
 /// Sets a new vCPU's registers.

@@ -58,8 +58,8 @@ const fn bits<const N: usize>(numbers: [u32; N]) -> u32 {
     all
 }
 
-/// fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2
-const LEAF_1_EDX: u32 = 0x078b_fbff;
+/// fpu de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2
+const LEAF_1_EDX: u32 = 0x078b_fbfd;
 /// cx16; and of KVM: x2apic, tsc_deadline_timer, hypervisor
 const LEAF_1_ECX: u32 = bits([13, 21, 24, 31]);
 /// sse3 ssse3 sse4_1 sse4_2 popcnt
@@ -71,7 +71,7 @@ const LEAF_7_EBX_V3: u32 = bits([3, 5, 8]);
 /// syscall nx lm
 const EXTENDED_EDX: u32 = bits([11, 20, 29]);
 /// AMD has many of leaf 1's there as well.
-const EXTENDED_EDX_AMD: u32 = 0x0183_f3ff;
+const EXTENDED_EDX_AMD: u32 = 0x0183_f3fd;
 /// lahf_lm
 const EXTENDED_ECX_V2: u32 = bits([0]);
 /// lzcnt

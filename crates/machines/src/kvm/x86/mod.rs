@@ -1,16 +1,27 @@
-//! What of the microVM is x86-64: its first state, its whole state, its CPU's features, and its built-in guests' code.
+//! What of the microVM is x86-64: its first state, its whole state, its CPU's features, its built-in guests' code,
+//! and what Linux needs to start.
 
+mod acpi;
 mod boot;
 mod guest;
+mod linux;
+mod power;
 mod program;
 mod state;
+mod time;
 
 pub(super) mod cpu;
 pub(super) mod features;
 
-pub(super) use boot::{boot, progress};
+pub use linux::{BootError, Kernel};
+
+pub(super) use acpi::VirtioWindow;
+pub(super) use boot::{boot, boot_linux, progress};
+pub(super) use linux::{Entry, Map, load as load_kernel};
+pub(super) use power::{Power, Written};
 pub(super) use program::{LOW_BYTES, PACE_PORT, Program, Progress, SECTOR_BYTES, STORES, noted, visit};
 pub(super) use state::{CHIPS, Host, VcpuState, VmState, load_vcpu, load_vm, save_vcpu, save_vm, set_cpuid};
+pub(super) use time::load as load_time;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;

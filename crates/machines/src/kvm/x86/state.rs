@@ -1,18 +1,18 @@
 //! The whole state of a VM and its vCPUs, read and written through KVM.
 //!
 //! The order matters, as others have learnt: reading MP_STATE lets KVM take in pending INIT and SIPI, so that it comes first;
-//! events come last; the deadline of the APIC's timer is written after the APIC and the time stamp counter that it is
-//! compared with. A vCPU must have left KVM_RUN with nothing left to complete.
+//! events come last; time is set before all else, and the deadline of the APIC's timer is written after the APIC. A vCPU must have left KVM_RUN with nothing left to complete.
 
 use kvm_bindings::{
-    CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, Xsave,
-    kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, Xsave, kvm_clock_data,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 use super::features::{self, Leaf, Word};
+use super::time;
 use crate::kvm::{KvmError, kvm};
 
 /// The interrupt controllers: two PICs and an IOAPIC.
@@ -20,6 +20,9 @@ pub(in crate::kvm) const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+const MSR_MTRR_DEFAULT: u32 = 0x2ff;
+/// Memory type range registers, which KVM does not list: the variable ranges, the fixed ones, and the default.
+const MSRS_MTRR: [(u32, u32); 5] = [(0x200, 0x210), (0x250, 0x251), (0x258, 0x25a), (0x268, 0x270), (0x2ff, 0x300)];
 /// Entries that one call takes.
 const MSR_BATCH: usize = 256;
 
@@ -30,6 +33,8 @@ pub(in crate::kvm) struct Host {
     pub(in crate::kvm) cpuid: Vec<Leaf>,
     /// MSRs that KVM names as part of a vCPU's state, in the order in which they are written.
     msrs: Vec<u32>,
+    /// Frequency of its time stamp counter.
+    tsc_khz: Option<u32>,
     /// Words that XSAVE's area has beyond `kvm_xsave`'s 4 KiB.
     xsave_extra: usize,
 }
@@ -38,7 +43,9 @@ pub(in crate::kvm) struct Host {
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::kvm) struct VcpuState {
     pub(in crate::kvm) cpuid: Vec<Leaf>,
-    tsc_khz: Option<u32>,
+    pub(super) tsc_khz: Option<u32>,
+    /// Between the host's time stamp counter and the guest's, unless it is scaled.
+    pub(super) tsc_offset: Option<u64>,
     mp_state: kvm_mp_state,
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -69,6 +76,9 @@ impl Host {
             .map_err(kvm("get the CPU features that a guest can have"))?;
         let list = kvm_fd.get_msr_index_list().map_err(kvm("get the list of model specific registers"))?;
         let mut msrs = list.as_slice().to_vec();
+        msrs.extend(MSRS_MTRR.iter().flat_map(|(from, to)| *from..*to));
+        msrs.sort_unstable();
+        msrs.dedup();
         msrs.sort_by_key(|msr| match *msr {
             MSR_TSC => 0,
             MSR_TSC_DEADLINE => 2,
@@ -83,7 +93,7 @@ impl Host {
         for leaf in cpuid.iter_mut().filter(|leaf| leaf.function == 1) {
             *leaf = leaf.with(Word::Ecx, deadline);
         }
-        Ok(Self { cpuid, msrs, xsave_extra })
+        Ok(Self { cpuid, msrs, tsc_khz: None, xsave_extra })
     }
 
     /// Leaves out the MSRs that this vCPU does not have.
@@ -97,8 +107,16 @@ impl Host {
             rest.remove(got);
         }
         self.msrs = rest;
+        self.tsc_khz = fd.get_tsc_khz().ok();
         Ok(())
     }
+}
+
+/// Turns the memory type range registers on, with nothing but memory that is written back: what firmware does.
+pub(super) fn write_back_memory(fd: &VcpuFd) -> Result<(), KvmError> {
+    const WRITE_BACK: u64 = 6;
+    const ENABLED: u64 = 1 << 11;
+    load_msrs(fd, &[(MSR_MTRR_DEFAULT, WRITE_BACK | ENABLED)])
 }
 
 fn read_msrs(fd: &VcpuFd, msrs: &[u32]) -> Result<(Msrs, usize), KvmError> {
@@ -130,29 +148,35 @@ pub(in crate::kvm) fn save_vcpu(fd: &VcpuFd, host: &Host, given: &[Leaf]) -> Res
     }
     let msrs = batch.as_slice().iter().map(|entry| (entry.index, entry.data)).collect();
     let tsc_khz = fd.get_tsc_khz().ok();
+    let tsc_offset = time::offset(fd).filter(|_| tsc_khz.is_some() && tsc_khz == host.tsc_khz);
     let events = fd.get_vcpu_events().map_err(kvm("get a vCPU's events"))?;
     let cpuid = given.to_vec();
-    Ok(VcpuState { cpuid, tsc_khz, mp_state, regs, sregs, xsave, xcrs, debugregs, lapic, msrs, events })
+    Ok(VcpuState { cpuid, tsc_khz, tsc_offset, mp_state, regs, sregs, xsave, xcrs, debugregs, lapic, msrs, events })
 }
 
 /// Writes a vCPU that has not run.
 pub(in crate::kvm) fn load_vcpu(fd: &VcpuFd, host: &Host, state: &VcpuState) -> Result<(), KvmError> {
     set_cpuid(fd, &state.cpuid)?;
-    if let Some(theirs) = state.tsc_khz
-        && fd.get_tsc_khz().ok() != Some(theirs)
-    {
-        // Where it cannot be scaled KVM refuses unless it is near enough.
-        fd.set_tsc_khz(theirs).map_err(kvm("set the frequency of a vCPU's time stamp counter"))?;
-    }
     fd.set_mp_state(state.mp_state).map_err(kvm("set a vCPU's run state"))?;
     fd.set_regs(&state.regs).map_err(kvm("set a vCPU's registers"))?;
     fd.set_sregs(&state.sregs).map_err(kvm("set a vCPU's system registers"))?;
     load_xsave(fd, host, &state.xsave)?;
-    fd.set_xcrs(&state.xcrs).map_err(kvm("set a vCPU's extended control registers"))?;
+    // A host without XSAVE has none, and takes none.
+    if state.xcrs.nr_xcrs > 0 {
+        fd.set_xcrs(&state.xcrs).map_err(kvm("set a vCPU's extended control registers"))?;
+    }
     fd.set_debug_regs(&state.debugregs).map_err(kvm("set a vCPU's debug registers"))?;
     fd.set_lapic(&state.lapic).map_err(kvm("set a vCPU's interrupt controller"))?;
-    load_msrs(fd, &state.msrs)?;
+    // The time stamp counter is set, and counts.
+    let msrs: Vec<_> = state.msrs.iter().filter(|(msr, _)| *msr != MSR_TSC).copied().collect();
+    load_msrs(fd, &msrs)?;
     fd.set_vcpu_events(&state.events).map_err(kvm("set a vCPU's events"))
+}
+
+/// Writes a vCPU's time stamp counter.
+pub(super) fn load_tsc(fd: &VcpuFd, state: &VcpuState) -> Result<(), KvmError> {
+    let counter: Vec<_> = state.msrs.iter().filter(|(msr, _)| *msr == MSR_TSC).copied().collect();
+    load_msrs(fd, &counter)
 }
 
 /// In one batch, as long as none is refused. One that is refused and is zero is one that the guest never used.
@@ -217,15 +241,10 @@ pub(in crate::kvm) fn save_vm(vm: &VmFd) -> Result<VmState, KvmError> {
     Ok(VmState { chips, pit, clock })
 }
 
-/// Writes what all vCPUs share, while none runs.
+/// Writes what all vCPUs share but for the clock, while none runs.
 pub(in crate::kvm) fn load_vm(vm: &VmFd, state: &VmState) -> Result<(), KvmError> {
     for chip in &state.chips {
         vm.set_irqchip(chip).map_err(kvm("set an interrupt controller"))?;
     }
-    vm.set_pit2(&state.pit).map_err(kvm("set the interval timer"))?;
-    // With the wall clock KVM adds the time that has passed since, so that the guest's time is right after the move.
-    let flags = state.clock.flags & KVM_CLOCK_REALTIME;
-    let kvm_clock_data { clock, realtime, .. } = state.clock;
-    let clock = kvm_clock_data { clock, flags, realtime, ..kvm_clock_data::default() };
-    vm.set_clock(&clock).map_err(kvm("set the clock"))
+    vm.set_pit2(&state.pit).map_err(kvm("set the interval timer"))
 }
