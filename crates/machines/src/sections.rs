@@ -46,6 +46,14 @@ pub enum StateError {
         /// What is wrong with it.
         problem: String,
     },
+    /// A guest of another kind of machine.
+    #[error("the source's machine is {theirs:?}, this one is {ours:?}")]
+    Kind {
+        /// At the source.
+        theirs: String,
+        /// Here.
+        ours: &'static str,
+    },
     /// Another machine's.
     #[error("the source has {theirs} {what}, this machine has {ours}")]
     Different {
@@ -69,6 +77,17 @@ pub(crate) fn check_known(sections: &[StateSection], known: impl Fn(&StateSectio
         Some(section) => Err(StateError::Unknown { name: section.name.clone(), instance: section.instance }),
         None => Ok(()),
     }
+}
+
+/// A profile of a machine of that kind.
+pub(crate) fn encode_profile<T: Serialize>(kind: &'static str, value: &T) -> Result<Vec<u8>, StateError> {
+    postcard::to_stdvec(&(kind, value)).map_err(damaged("profile", 0))
+}
+
+/// Decodes what [`encode_profile`] has made for a machine of the same kind.
+pub(crate) fn decode_profile<T: DeserializeOwned>(profile: &[u8], kind: &'static str) -> Result<T, StateError> {
+    let (theirs, rest): (String, _) = postcard::take_from_bytes(profile).map_err(damaged("profile", 0))?;
+    if theirs == kind { decode(rest, "profile", 0) } else { Err(StateError::Kind { theirs, ours: kind }) }
 }
 
 /// Two machines must agree on a number.

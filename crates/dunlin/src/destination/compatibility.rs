@@ -20,11 +20,12 @@ pub(super) fn check(start: &Start, machine: &dyn Machine) -> Result<Vec<String>,
             return refuse(format!("the source needs the feature {:?}, which this side does not have", feature.name));
         }
     }
-    check_layout(start, machine)?;
-    match machine.accept_profile(&start.profile) {
-        Ok(()) => Ok(accepted),
-        Err(error) => refuse(error.to_string()),
+    // First what the machine makes of it: another kind of machine has other RAM blocks, which is not the point.
+    if let Err(error) = machine.accept_profile(&start.profile) {
+        return refuse(error.to_string());
     }
+    check_layout(start, machine)?;
+    Ok(accepted)
 }
 
 fn check_layout(start: &Start, machine: &dyn Machine) -> Result<(), Cause> {

@@ -7,6 +7,8 @@
 mod devices;
 mod error;
 mod memory;
+#[cfg(test)]
+mod tests;
 mod tracking;
 mod vcpu;
 mod verify;
@@ -37,10 +39,12 @@ use x86::{Host, Program, Progress, VcpuState, VmState};
 
 use crate::device_config::DeviceConfig;
 use crate::payload::MemoryJob;
-use crate::sections::{StateError, check_known, decode, find, same, section};
+use crate::sections::{StateError, check_known, decode_profile, encode_profile, find, same, section};
 use crate::synthetic::fill::fill_pages;
 use crate::{Backing, DirtyTracking, Fill, Payload};
 
+/// What a profile calls such machines.
+const KIND: &str = "kvm";
 /// The most vCPUs.
 const MAX_VCPUS: u32 = 16;
 const MIN_MEMORY_BYTES: u64 = 2 << 20;
@@ -134,9 +138,9 @@ pub struct KvmMachine {
     control: Mutex<()>,
 }
 
+/// What the other side must agree to. The engine itself compares memory.
 #[derive(Debug, Serialize, Deserialize)]
 struct Profile {
-    memory_bytes: u64,
     vcpus: u32,
     cpuid: Vec<Leaf>,
     devices: Vec<Description>,
@@ -405,6 +409,21 @@ impl KvmMachine {
         features::missing(given, here).map_or(Ok(()), |missing| Err(KvmError::Features { missing }))
     }
 
+    /// Has a virtual machine that nothing ran in and nothing was loaded into: what ran before leaves timers and interrupts
+    /// behind, and its CPU's features could not be changed any more.
+    fn renew(&self, hypervisor: &mut Hypervisor) -> Result<(), KvmError> {
+        if hypervisor.used {
+            self.vcpus.all().iter().for_each(|vcpu| vcpu.replace(None, &None));
+            let (vm, fds, rings) = build(&self.kvm, &self.memory, self.count, self.dirty_tracking)?;
+            self.devices.connect(vm.clone());
+            for (vcpu, fd) in self.vcpus.all().iter().zip(fds) {
+                vcpu.replace(Some(fd), &rings);
+            }
+            *hypervisor = Hypervisor { vm, rings, used: false };
+        }
+        Ok(())
+    }
+
     fn take_over(&self, sections: &[StateSection]) -> Result<(), KvmError> {
         check_known(sections, |section| self.knows(section))?;
         let config: Config = find(sections, "config", 0)?;
@@ -428,16 +447,8 @@ impl KvmMachine {
             GuestConfig::Kernel => Content::Unknown,
         };
         let mut hypervisor = lock(&self.hypervisor);
-        // What ran before leaves timers and interrupts behind, and its CPU's features could not be changed any more.
-        if std::mem::replace(&mut hypervisor.used, true) {
-            self.vcpus.all().iter().for_each(|vcpu| vcpu.replace(None, &None));
-            let (vm, fds, rings) = build(&self.kvm, &self.memory, self.count, self.dirty_tracking)?;
-            self.devices.connect(vm.clone());
-            for (vcpu, fd) in self.vcpus.all().iter().zip(fds) {
-                vcpu.replace(Some(fd), &rings);
-            }
-            (hypervisor.vm, hypervisor.rings) = (vm, rings);
-        }
+        self.renew(&mut hypervisor)?;
+        hypervisor.used = true;
         let fds: Vec<_> = self.vcpus.all().iter().map(|vcpu| vcpu.fd()).collect();
         let loading = fds.iter().filter_map(|fd| fd.as_ref()).zip(&vcpus);
         x86::load_time(&hypervisor.vm, &state.clock, loading.clone())?;
@@ -505,16 +516,17 @@ impl Machine for KvmMachine {
         let cpuid = self.identity().ok().and_then(|identity| identity.cpuid.into_iter().next()).unwrap_or_default();
         // Encoding into a growing vector does not fail.
         let devices = self.devices.describe();
-        let profile = Profile { memory_bytes: self.memory_bytes, vcpus: self.count, cpuid, devices };
-        postcard::to_stdvec(&profile).unwrap_or_default()
+        let profile = Profile { vcpus: self.count, cpuid, devices };
+        encode_profile(KIND, &profile).unwrap_or_default()
     }
 
     fn accept_profile(&self, profile: &[u8]) -> Result<(), MachineError> {
-        let theirs: Profile = decode(profile, "profile", 0).map_err(KvmError::from)?;
-        same("bytes of memory", theirs.memory_bytes, self.memory_bytes)?;
+        let theirs: Profile = decode_profile(profile, KIND).map_err(KvmError::from)?;
         same("vCPUs", u64::from(theirs.vcpus), u64::from(self.count))?;
         self.devices.accept(&theirs.devices)?;
-        Ok(self.check_features(&theirs.cpuid)?)
+        self.check_features(&theirs.cpuid)?;
+        // Now, and not while the guest stands still.
+        Ok(self.renew(&mut lock(&self.hypervisor))?)
     }
 
     fn pause(&self) -> Result<(), MachineError> {

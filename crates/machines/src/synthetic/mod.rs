@@ -223,11 +223,11 @@ impl Machine for SyntheticMachine {
     }
 
     fn profile(&self) -> Vec<u8> {
-        state::profile(self.memory_bytes, self.vcpus.count())
+        state::profile(self.vcpus.count())
     }
 
     fn accept_profile(&self, profile: &[u8]) -> Result<(), MachineError> {
-        Ok(state::accept_profile(profile, self.memory_bytes, self.vcpus.count())?)
+        Ok(state::accept_profile(profile, self.vcpus.count())?)
     }
 
     fn pause(&self) -> Result<(), MachineError> {

@@ -5,7 +5,7 @@
 use dunlin::StateSection;
 use serde::{Deserialize, Serialize};
 
-use crate::sections::{StateError, check_known, decode, find, same, section};
+use crate::sections::{StateError, check_known, decode_profile, encode_profile, find, same, section};
 
 use super::device::{Device, LOG_BYTES};
 use super::program::Program;
@@ -13,7 +13,6 @@ use super::{Fill, Identity, Workload};
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Profile {
-    memory_bytes: u64,
     vcpus: u32,
 }
 
@@ -46,16 +45,18 @@ pub(super) struct Loaded {
     pub(super) log: Vec<u8>,
 }
 
-/// What the other side must agree to.
-pub(super) fn profile(memory_bytes: u64, vcpus: u32) -> Vec<u8> {
-    // Encoding two numbers into a growing vector does not fail.
-    postcard::to_stdvec(&Profile { memory_bytes, vcpus }).unwrap_or_default()
+/// What a profile calls such machines.
+const KIND: &str = "synthetic";
+
+/// What the other side must agree to. The engine itself compares memory.
+pub(super) fn profile(vcpus: u32) -> Vec<u8> {
+    // Encoding a number into a growing vector does not fail.
+    encode_profile(KIND, &Profile { vcpus }).unwrap_or_default()
 }
 
 /// Checks the source's profile.
-pub(super) fn accept_profile(profile: &[u8], memory_bytes: u64, vcpus: u32) -> Result<(), StateError> {
-    let theirs: Profile = decode(profile, "profile", 0)?;
-    same("bytes of memory", theirs.memory_bytes, memory_bytes)?;
+pub(super) fn accept_profile(profile: &[u8], vcpus: u32) -> Result<(), StateError> {
+    let theirs: Profile = decode_profile(profile, KIND)?;
     same("vCPUs", u64::from(theirs.vcpus), u64::from(vcpus))
 }
 
@@ -140,7 +141,7 @@ mod tests {
             let error = load(&sections, 1 << 20, 2).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
-        let error = accept_profile(&profile(1 << 20, 4), 1 << 20, 2).unwrap_err().to_string();
+        let error = accept_profile(&profile(4), 2).unwrap_err().to_string();
         assert_eq!(error, "the source has 4 vCPUs, this machine has 2");
     }
 }

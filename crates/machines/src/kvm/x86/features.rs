@@ -17,7 +17,7 @@ pub(in crate::kvm) struct Leaf {
 
 /// Which of a leaf's registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Word {
+pub(in crate::kvm) enum Word {
     Eax,
     Ebx,
     Ecx,
@@ -84,17 +84,17 @@ const NOT_OF_HOST: [(u32, u32, Word, u32); 4] =
 
 impl Leaf {
     /// A leaf that does not depend on an index.
-    pub(super) fn new(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> Self {
+    pub(in crate::kvm) fn new(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> Self {
         Self { function, index, flags: 0, eax, ebx, ecx, edx }
     }
 
     /// One of several leaves of a function.
-    pub(super) fn indexed(function: u32, index: u32, words: [u32; 4]) -> Self {
+    pub(in crate::kvm) fn indexed(function: u32, index: u32, words: [u32; 4]) -> Self {
         Self { flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX, ..Self::new(function, index, words) }
     }
 
     /// With these bits set in a register as well.
-    pub(super) fn with(mut self, register: Word, bits: u32) -> Self {
+    pub(in crate::kvm) fn with(mut self, register: Word, bits: u32) -> Self {
         *match register {
             Word::Eax => &mut self.eax,
             Word::Ebx => &mut self.ebx,
