@@ -155,6 +155,9 @@ fn memory_sizes() {
 #[test]
 fn that_fails() {
     let _turn = turn();
-    fails(&["demo", "--memory", "0"], 1, &["memory"]);
-    fails(&["demo", "--memory", "900T"], 1, &["900.00 TiB", "could not map the memory"]);
+    for machine in ["synthetic", "kvm"] {
+        fails(&["demo", "--machine", machine, "--memory", "0"], 1, &["memory"]);
+    }
+    fails(&["demo", "--machine", "synthetic", "--memory", "900T"], 1, &["900.00 TiB", "could not map the memory"]);
+    fails(&["demo", "--memory", "900T"], 1, &["900.00 TiB", "memory"]);
 }

@@ -8,8 +8,9 @@
 mod common;
 
 use std::net::TcpListener;
+use std::process::{Command, Output, Stdio};
 
-use common::{Machine, PATIENCE, check_error, dunlin, fails, turn, until};
+use common::{DUNLIN, Machine, PATIENCE, check_error, dunlin, fails, turn, until};
 use dunlin::{GuestPlace, Status};
 use serde_json::json;
 
@@ -211,4 +212,41 @@ fn a_destination_that_is_busy() {
     println!("{}", destination.verified());
     assert!(second.is_running());
     println!("{}", second.verified());
+}
+
+/// A command in a file system where /dev/kvm is a file that nobody can use; nothing where that cannot be arranged.
+fn without_kvm(arguments: &[&str]) -> Option<Output> {
+    let script = "mount --bind /dev/null /dev/kvm && exec \"$0\" \"$@\"";
+    let mut command = Command::new("unshare");
+    if std::path::Path::new("/dev/kvm").exists() {
+        command.args(["--mount", "sh", "-c", script, DUNLIN]);
+    } else {
+        command = Command::new(DUNLIN);
+    }
+    let probe = Command::new("unshare").args(["--mount", "sh", "-c", "mount --bind /dev/null /dev/kvm"]).output();
+    if std::path::Path::new("/dev/kvm").exists() && !probe.is_ok_and(|probe| probe.status.success()) {
+        println!("skipped: /dev/kvm cannot be hidden from a process here");
+        return None;
+    }
+    Some(command.args(arguments).stdin(Stdio::null()).output().unwrap())
+}
+
+#[test]
+fn without_kvm_one_line_and_the_rest_works() {
+    let _turn = turn();
+    let directory = tempfile::tempdir().unwrap();
+    let qmp = format!("unix:{}/qmp", directory.path().display());
+    for more in [&[][..], &["--incoming", "tcp:127.0.0.1:0"]] {
+        let arguments = [&["run", "--machine", "kvm", "--memory", "64M", "--qmp", &qmp], more].concat();
+        let Some(output) = without_kvm(&arguments) else { return };
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), said.lines().count()), (Some(1), 1), "{said}");
+        assert!(said.contains("/dev/kvm") && said.contains("the synthetic one does not"), "{said}");
+    }
+    let output = without_kvm(&["demo", "--memory", "64M", "--json"]).unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("machine synthetic: could not use /dev/kvm"), "{said}");
+    let object: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&object["machine"], &object["verified"]), (&json!("synthetic"), &json!(true)));
 }

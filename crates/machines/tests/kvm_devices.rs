@@ -8,7 +8,7 @@ mod common;
 use std::time::Duration;
 
 use common::kvm::{World, kvm, move_guest};
-use common::{Random, runs};
+use common::{MIB, Random, runs};
 use dunlin_machines::{Backing, DirtyTracking};
 
 const EVERYTHING: &str = "dirty:working-set=1M+io+timer";
@@ -87,4 +87,37 @@ fn sectors_written_before_a_move_are_read_after_it() {
     move_guest(&a, &b, &[]);
     common::until("the guest reads what it wrote at the source", || b.machine.units().unwrap() > 500);
     world.check(&b, "after a round of the disk");
+}
+
+/// RAM on both sides of the hole for devices.
+#[test]
+fn memory_above_the_hole() {
+    if !kvm() {
+        return;
+    }
+    let mut world = World::new(2, EVERYTHING);
+    world.memory_bytes = (3 << 30) + 64 * MIB;
+    world.fill = "zero:99,random:1";
+    let (a, b) = (world.source(Backing::Base), world.empty(Backing::Base));
+    let report = move_guest(&a, &b, &[]);
+    assert!(report.ram.pages.plain > 5000, "{:?}", report.ram.pages);
+    world.assert_goes_on(&b);
+    println!("{}", world.check(&b, "above the hole"));
+}
+
+/// A disk whose image says where what is.
+#[test]
+fn disks_in_qcow2() {
+    if !kvm() {
+        return;
+    }
+    let mut world = World::new(2, EVERYTHING);
+    world.make_qcow2();
+    let (a, b) = (world.source(Backing::Base), world.empty(Backing::Base));
+    for turn in 0..6 {
+        let (from, to) = if turn % 2 == 0 { (&a, &b) } else { (&b, &a) };
+        world.assert_goes_on(from);
+        move_guest(from, to, &[]);
+        println!("turn {turn}: {}", world.check(to, "qcow2"));
+    }
 }

@@ -328,7 +328,8 @@ pub fn dunlin(arguments: &[&str]) -> Output {
 pub fn fails(arguments: &[&str], code: i32, words: &[&str]) -> String {
     let output = dunlin(arguments);
     let said = String::from_utf8(output.stderr).unwrap();
-    let line = said.strip_prefix("dunlin: connecting\n").unwrap_or(&said).to_owned();
+    let progress = |line: &&str| *line == "dunlin: connecting\n" || line.starts_with("dunlin: machine ");
+    let line: String = said.split_inclusive('\n').skip_while(progress).collect();
     let shown = format!("dunlin {}\n  code {:?}: {line}", arguments.join(" "), output.status.code());
     println!("{shown}");
     assert_eq!(output.status.code(), Some(code), "{shown}");

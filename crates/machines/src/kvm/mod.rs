@@ -471,7 +471,13 @@ enum Started {
 }
 
 fn open() -> Result<Kvm, KvmError> {
-    Kvm::new().map_err(|error| KvmError::NoKvm { source: error.into() })
+    /// The only version that there has been since Linux 2.6.22.
+    const API_VERSION: i32 = 12;
+    let kvm_fd = Kvm::new().map_err(|error| KvmError::NoKvm { source: error.into() })?;
+    match kvm_fd.get_api_version() {
+        API_VERSION => Ok(kvm_fd),
+        _ => Err(KvmError::NoKvm { source: std::io::Error::other("it is something else") }),
+    }
 }
 
 fn create_vm(kvm_fd: &Kvm) -> Result<VmFd, KvmError> {

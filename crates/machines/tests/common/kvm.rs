@@ -37,6 +37,7 @@ pub struct World {
     pub tracking: DirtyTracking,
     pub sectors: u64,
     pub format: DiskFormat,
+    pub fill: &'static str,
 }
 
 impl World {
@@ -52,7 +53,19 @@ impl World {
             tracking: DirtyTracking::Auto,
             sectors,
             format: DiskFormat::Raw,
+            fill: "zero:30,random:40,text:30",
         }
+    }
+
+    /// Makes the disk's image one in qcow2.
+    pub fn make_qcow2(&mut self) {
+        use imago::file::File;
+        use imago::{FormatCreateBuilder, Storage, StorageCreateOptions};
+        let path = self.path("disk");
+        std::fs::remove_file(&path).unwrap();
+        let file = File::create_open(StorageCreateOptions::new().filename(&path)).unwrap();
+        imago::qcow2::Qcow2::<File>::create_builder(file).size(self.sectors * 512).create().unwrap();
+        self.format = DiskFormat::Qcow2;
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -76,7 +89,7 @@ impl World {
             cpu: CpuModel::default(),
             guest: KvmGuest::Payload {
                 payload: self.payload.parse().unwrap(),
-                fill: "zero:30,random:40,text:30".parse().unwrap(),
+                fill: self.fill.parse().unwrap(),
                 seed: 7,
             },
             backing,
