@@ -550,6 +550,15 @@ mod tests {
     }
 
     #[test]
+    fn what_another_machine_has() {
+        let tracker = Some(DirtyTracking::Log);
+        let mistake = MachineKind::Synthetic.check(None, None, tracker).unwrap_err();
+        assert!(mistake.contains("--dirty-tracker is for --machine kvm"), "{mistake}");
+        assert!(MachineKind::Synthetic.check(None, None, None).is_ok());
+        assert!(MachineKind::Kvm.check(None, None, tracker).is_ok());
+    }
+
+    #[test]
     fn what_people_mistype() {
         for (line, wanted) in [
             ("demo --memory 1X", "a size in bytes, such as"),
