@@ -68,7 +68,7 @@ impl World {
         self.format = DiskFormat::Qcow2;
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
