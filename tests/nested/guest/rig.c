@@ -41,6 +41,7 @@
 #define PAGE 4096
 #define WORDS (PAGE / 8)
 #define MEMORY_PAGES 2048          /* of each memory thread: 8 MiB */
+#define MEMORY_THREADS 4           /* at most: the guest is small */
 #define FILES 12
 #define FILE_BYTES (192 * 1024)
 #define LEAP_NS 3000000000LL       /* longer than any move here stops the guest */
@@ -306,7 +307,7 @@ static int guest(void)
     int cpus = (int)sysconf(_SC_NPROCESSORS_ONLN);
     pthread_t threads[64];
     int count = 0;
-    for (intptr_t cpu = 0; cpu < cpus && cpu < 16; cpu++)
+    for (intptr_t cpu = 0; cpu < cpus && cpu < MEMORY_THREADS; cpu++)
         pthread_create(&threads[count++], NULL, memory, (void *)cpu);
     for (int i = 0; i < 2; i++)
         pthread_create(&threads[count++], NULL, clocks, (void *)(intptr_t)cpus);
