@@ -136,12 +136,18 @@ fn make(args: &Run) -> Result<Arc<Vm>> {
 fn make_kvm(args: &Run) -> Result<(Arc<Vm>, LookForEnd)> {
     use dunlin_machines::{Ended, Kernel, KvmConfig, KvmGuest, KvmMachine};
     let failed = || format!("could not make a machine of {} on KVM", size(args));
+    let config = KvmConfig {
+        memory_bytes: args.memory,
+        vcpus: args.vcpus,
+        backing: args.hugepages,
+        dirty_tracking: args.dirty_tracker.unwrap_or_default(),
+        devices: args.devices.config(),
+    };
     let machine = if args.incoming.is_some() {
         if args.payload.is_some() || args.fill.is_some() {
             terminal::note("--payload and --fill say nothing here: they come with the guest");
         }
-        let tracking = args.dirty_tracker.unwrap_or_default();
-        KvmMachine::empty(args.memory, args.vcpus, args.hugepages, tracking, &args.devices.config())
+        KvmMachine::empty(&config)
     } else {
         let guest = match &args.kernel {
             Some(image) => KvmGuest::Kernel(Kernel {
@@ -155,15 +161,7 @@ fn make_kvm(args: &Run) -> Result<(Arc<Vm>, LookForEnd)> {
                 seed: args.seed,
             },
         };
-        KvmMachine::new(&KvmConfig {
-            memory_bytes: args.memory,
-            vcpus: args.vcpus,
-            cpu: args.cpu,
-            backing: args.hugepages,
-            dirty_tracking: args.dirty_tracker.unwrap_or_default(),
-            devices: args.devices.config(),
-            guest,
-        })
+        KvmMachine::new(&config, args.cpu, &guest)
     };
     let machine = machine.with_context(failed)?;
     let ending = machine.clone();

@@ -58,17 +58,15 @@ fn devices(directory: &Path) -> DeviceConfig {
     }
 }
 
+fn config(devices: &DeviceConfig) -> KvmConfig {
+    let (backing, dirty_tracking, devices) = (Backing::Base, DirtyTracking::Auto, devices.clone());
+    KvmConfig { memory_bytes: MEMORY, vcpus: 1, backing, dirty_tracking, devices }
+}
+
 fn machine(devices: &DeviceConfig) -> Arc<KvmMachine> {
-    let config = KvmConfig {
-        dirty_tracking: DirtyTracking::Auto,
-        memory_bytes: MEMORY,
-        vcpus: 1,
-        cpu: CpuModel::default(),
-        guest: KvmGuest::Payload { payload: "counter".parse().unwrap(), fill: "zero:100".parse().unwrap(), seed: 7 },
-        backing: Backing::Base,
-        devices: devices.clone(),
-    };
-    KvmMachine::new(&config).unwrap()
+    let (payload, fill) = ("counter".parse().unwrap(), "zero:100".parse().unwrap());
+    let guest = KvmGuest::Payload { payload, fill, seed: 7 };
+    KvmMachine::new(&config(devices), CpuModel::default(), &guest).unwrap()
 }
 
 /// Puts the guest in place of the built-in one.
@@ -124,7 +122,7 @@ fn a_guest_moves_while_it_uses_its_devices() {
     let devices = devices(directory.path());
     let a = machine(&devices);
     install(&a);
-    let b = KvmMachine::empty(MEMORY, 1, Backing::Base, DirtyTracking::Auto, &devices).unwrap();
+    let b = KvmMachine::empty(&config(&devices)).unwrap();
     let (at_a, at_b) = (Guest::new(a.clone()), Guest::awaited(b.clone()));
     at_a.cont().unwrap();
     let serial = || fs::read(directory.path().join("serial")).unwrap();
@@ -165,7 +163,7 @@ fn other_devices_are_refused_by_name() {
         let mut changed = devices.clone();
         changed.serial = SerialTarget::Null;
         change(&mut changed);
-        let other = KvmMachine::empty(MEMORY, 1, Backing::Base, DirtyTracking::Auto, &changed).unwrap();
+        let other = KvmMachine::empty(&config(&changed)).unwrap();
         other.accept_profile(&source.profile()).err().map(|error| error.to_string())
     };
     assert_eq!(refusal(&|_| {}), None);
@@ -191,7 +189,7 @@ fn other_devices_are_refused_by_name() {
     );
     let mut missing = devices.clone();
     missing.disks[0].path = directory.path().join("none");
-    let error = KvmMachine::empty(MEMORY, 1, Backing::Base, DirtyTracking::Auto, &missing).unwrap_err().to_string();
+    let error = KvmMachine::empty(&config(&missing)).unwrap_err().to_string();
     assert!(error.starts_with("could not open disk /") && error.contains("No such file"), "{error}");
 }
 
@@ -230,7 +228,7 @@ fn guests_end() {
         until("the guest ends", || one.ended().is_some());
         assert_eq!(one.ended(), Some(expected));
         one.pause().unwrap();
-        let other = KvmMachine::empty(MEMORY, 1, Backing::Base, DirtyTracking::Auto, &DeviceConfig::default()).unwrap();
+        let other = KvmMachine::empty(&config(&DeviceConfig::default())).unwrap();
         other.load(one.save().unwrap()).unwrap();
         other.resume().unwrap();
         assert_eq!(other.ended(), Some(expected));

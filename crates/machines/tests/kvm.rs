@@ -36,7 +36,7 @@ fn kvm() -> bool {
 fn trackings() -> Vec<DirtyTracking> {
     let mut trackings = vec![DirtyTracking::Log];
     let ring = DirtyTracking::Ring { entries: None };
-    match KvmMachine::empty(MEMORY, 1, Backing::Base, ring, &DeviceConfig::default()) {
+    match KvmMachine::empty(&config(1, ring)) {
         Ok(_) => trackings.push(ring),
         Err(KvmError::Tracker(TrackerError::NoDirtyRing)) => println!("skipped with {ring}: KVM has none"),
         Err(error) => panic!("{error}"),
@@ -50,21 +50,15 @@ fn overfills_rings() -> bool {
     std::path::Path::new("/sys/module/kvm_pvm").exists()
 }
 
+fn config(vcpus: u32, dirty_tracking: DirtyTracking) -> KvmConfig {
+    let devices = DeviceConfig::default();
+    KvmConfig { memory_bytes: MEMORY, vcpus, backing: Backing::Base, dirty_tracking, devices }
+}
+
 fn machine(vcpus: u32, payload: &str, dirty_tracking: DirtyTracking) -> Arc<KvmMachine> {
-    let config = KvmConfig {
-        memory_bytes: MEMORY,
-        vcpus,
-        cpu: CpuModel::default(),
-        guest: KvmGuest::Payload {
-            payload: payload.parse().unwrap(),
-            fill: "zero:30,random:40,text:30".parse().unwrap(),
-            seed: 7,
-        },
-        backing: Backing::Base,
-        dirty_tracking,
-        devices: DeviceConfig::default(),
-    };
-    KvmMachine::new(&config).unwrap()
+    let (payload, fill) = (payload.parse().unwrap(), "zero:30,random:40,text:30".parse().unwrap());
+    let guest = KvmGuest::Payload { payload, fill, seed: 7 };
+    KvmMachine::new(&config(vcpus, dirty_tracking), CpuModel::default(), &guest).unwrap()
 }
 
 fn source(vcpus: u32, payload: &str, dirty_tracking: DirtyTracking) -> Side {
@@ -75,7 +69,7 @@ fn source(vcpus: u32, payload: &str, dirty_tracking: DirtyTracking) -> Side {
 }
 
 fn empty(vcpus: u32, dirty_tracking: DirtyTracking) -> Side {
-    let machine = KvmMachine::empty(MEMORY, vcpus, Backing::Base, dirty_tracking, &DeviceConfig::default()).unwrap();
+    let machine = KvmMachine::empty(&config(vcpus, dirty_tracking)).unwrap();
     let guest = Guest::awaited(machine.clone());
     Side { machine, guest }
 }

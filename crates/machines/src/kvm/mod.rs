@@ -57,16 +57,12 @@ pub struct KvmConfig {
     pub memory_bytes: u64,
     /// vCPUs, 1 to 16.
     pub vcpus: u32,
-    /// The CPU that the guest sees.
-    pub cpu: CpuModel,
     /// The host's pages that RAM is made of.
     pub backing: Backing,
     /// How its writes are tracked.
     pub dirty_tracking: DirtyTracking,
-    /// What the guest has besides.
+    /// What it has besides.
     pub devices: DeviceConfig,
-    /// The guest.
-    pub guest: KvmGuest,
 }
 
 /// What runs in a machine.
@@ -173,21 +169,19 @@ impl KvmMachine {
         open().and_then(|kvm_fd| create_vm(&kvm_fd)).map(drop)
     }
 
-    /// A machine with its guest in RAM, paused.
+    /// A machine with its guest in RAM, paused, which sees such a CPU.
     ///
     /// # Errors
     /// When there is no KVM, the configuration is out of range, or KVM or the system refuses something.
-    pub fn new(config: &KvmConfig) -> Result<Arc<Self>, KvmError> {
-        let KvmConfig { memory_bytes, vcpus, backing, dirty_tracking, devices, .. } = config;
-        let machine = Self::empty(*memory_bytes, *vcpus, *backing, *dirty_tracking, devices)?;
-        let started = match &config.guest {
+    pub fn new(config: &KvmConfig, model: CpuModel, guest: &KvmGuest) -> Result<Arc<Self>, KvmError> {
+        let machine = Self::empty(config)?;
+        let started = match guest {
             KvmGuest::Payload { payload, fill, seed } => Started::Program(machine.put_payload(payload, fill, *seed)?),
             KvmGuest::Kernel(kernel) => {
                 let windows = machine.devices.windows();
                 Started::Kernel(x86::load_kernel(kernel, machine.memory.map(), config.vcpus, &windows)?)
             }
         };
-        let model = config.cpu;
         let cpuid: Vec<_> =
             (0..config.vcpus).map(|vcpu| cpu::leaves(model, &machine.host.cpuid, vcpu, config.vcpus)).collect();
         if let Some(missing) = cpuid.first().and_then(|given| features::missing(given, &machine.host.cpuid)) {
@@ -227,13 +221,8 @@ impl KvmMachine {
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn empty(
-        memory_bytes: u64,
-        vcpus: u32,
-        backing: Backing,
-        dirty_tracking: DirtyTracking,
-        devices: &DeviceConfig,
-    ) -> Result<Arc<Self>, KvmError> {
+    pub fn empty(config: &KvmConfig) -> Result<Arc<Self>, KvmError> {
+        let KvmConfig { memory_bytes, vcpus, backing, dirty_tracking, ref devices } = *config;
         let range = MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES;
         let page = backing.page_bytes();
         // Memory begins again at 4 GiB, so that the hole is a multiple of all pages.

@@ -62,22 +62,18 @@ fn devices(disk: &Path, bytes: u64) -> DeviceConfig {
     DeviceConfig { disks: vec![disk], ..DeviceConfig::default() }
 }
 
-fn machine(devices: DeviceConfig) -> Arc<KvmMachine> {
+fn config(memory_bytes: u64, devices: &DeviceConfig) -> KvmConfig {
+    let (backing, dirty_tracking, devices) = (Backing::Base, DirtyTracking::Auto, devices.clone());
+    KvmConfig { memory_bytes, vcpus: 1, backing, dirty_tracking, devices }
+}
+
+fn machine(devices: &DeviceConfig) -> Arc<KvmMachine> {
     let guest = KvmGuest::Payload { payload: "counter".parse().unwrap(), fill: "random:100".parse().unwrap(), seed: 1 };
-    let config = KvmConfig {
-        memory_bytes: MEMORY,
-        vcpus: 1,
-        cpu: CpuModel::default(),
-        backing: Backing::Base,
-        dirty_tracking: DirtyTracking::Auto,
-        devices,
-        guest,
-    };
-    KvmMachine::new(&config).unwrap()
+    KvmMachine::new(&config(MEMORY, devices), CpuModel::default(), &guest).unwrap()
 }
 
 fn empty(memory_bytes: u64, devices: &DeviceConfig) -> Arc<KvmMachine> {
-    KvmMachine::empty(memory_bytes, 1, Backing::Base, DirtyTracking::Auto, devices).unwrap()
+    KvmMachine::empty(&config(memory_bytes, devices)).unwrap()
 }
 
 /// Has one refuse the other's guest, for a reason with all these words.
@@ -115,7 +111,7 @@ fn what_does_not_fit_is_refused_on_both_sides_before_ram_is_sent() {
     let none = DeviceConfig::default();
     // A feature that no processor has here: its name is the destination's, too.
     let more = |leaf: Leaf| if leaf.function == 7 { leaf.with(Word::Ebx, 1 << 5 | 1 << 16) } else { leaf };
-    let pretends = |change| Arc::new(Pretends { machine: machine(none.clone()), change });
+    let pretends = |change| Arc::new(Pretends { machine: machine(&none), change });
     if features::missing(&[Leaf::indexed(7, 0, [0, 1 << 5 | 1 << 16, 0, 0])], &empty(MEMORY, &none).host.cpuid)
         .is_some()
     {
@@ -125,14 +121,10 @@ fn what_does_not_fit_is_refused_on_both_sides_before_ram_is_sent() {
     }
     let other = |leaf: Leaf| if leaf.function == 0 { Leaf::new(0, 0, [0xd, 1, 2, 3]) } else { leaf };
     refuses(pretends(other), empty(MEMORY, &none), &["was given a CPU of"]);
-    refuses(
-        machine(none.clone()),
-        empty(MEMORY / 2, &none),
-        &["8.00 MiB", "4.00 MiB", "give both machines the same memory"],
-    );
+    refuses(machine(&none), empty(MEMORY / 2, &none), &["8.00 MiB", "4.00 MiB", "give both machines the same memory"]);
     let (large, small) = (devices(&path("large"), 1 << 20), devices(&path("small"), 1 << 19));
-    refuses(machine(large.clone()), empty(MEMORY, &small), &["disk", "1048576", "524288"]);
-    refuses(machine(large), empty(MEMORY, &none), &["disk", "none"]);
+    refuses(machine(&large), empty(MEMORY, &small), &["disk", "1048576", "524288"]);
+    refuses(machine(&large), empty(MEMORY, &none), &["disk", "none"]);
     let synthetic = SyntheticMachine::empty(MEMORY, 1, Backing::Base).unwrap();
-    refuses(machine(none), synthetic, &["\"kvm\"", "\"synthetic\""]);
+    refuses(machine(&none), synthetic, &["\"kvm\"", "\"synthetic\""]);
 }

@@ -86,12 +86,6 @@ impl World {
         KvmConfig {
             memory_bytes: self.memory_bytes,
             vcpus: self.vcpus,
-            cpu: CpuModel::default(),
-            guest: KvmGuest::Payload {
-                payload: self.payload.parse().unwrap(),
-                fill: self.fill.parse().unwrap(),
-                seed: 7,
-            },
             backing,
             dirty_tracking: self.tracking,
             devices: self.devices(),
@@ -100,7 +94,9 @@ impl World {
 
     /// The running guest.
     pub fn source(&self, backing: Backing) -> Side {
-        let machine = KvmMachine::new(&self.config(backing)).unwrap();
+        let (payload, fill) = (self.payload.parse().unwrap(), self.fill.parse().unwrap());
+        let guest = KvmGuest::Payload { payload, fill, seed: 7 };
+        let machine = KvmMachine::new(&self.config(backing), CpuModel::default(), &guest).unwrap();
         let guest = Guest::new(machine.clone());
         guest.cont().unwrap();
         Side { machine, guest }
@@ -108,8 +104,7 @@ impl World {
 
     /// A machine that waits for it.
     pub fn empty(&self, backing: Backing) -> Side {
-        let machine =
-            KvmMachine::empty(self.memory_bytes, self.vcpus, backing, self.tracking, &self.devices()).unwrap();
+        let machine = KvmMachine::empty(&self.config(backing)).unwrap();
         let guest = Guest::awaited(machine.clone());
         Side { machine, guest }
     }
