@@ -58,6 +58,17 @@ pub enum KvmError {
         /// Which.
         missing: String,
     },
+    /// Time stamp counters of another frequency.
+    #[error(
+        "the guest's time stamp counter has {theirs_khz} kHz, this host's {ours_khz} kHz, and this host cannot give a guest \
+         another"
+    )]
+    TscFrequency {
+        /// The guest's.
+        theirs_khz: u32,
+        /// This host's.
+        ours_khz: u32,
+    },
     /// Another vendor's CPU.
     #[error("the guest was given a CPU of {theirs}, this host's is one of {ours}")]
     CpuVendor {

@@ -87,6 +87,8 @@ struct Identity {
     content: Content,
     /// The CPU's features that each vCPU was given.
     cpuid: Vec<Vec<Leaf>>,
+    /// How fast its time stamp counters count.
+    tsc_khz: Option<u32>,
 }
 
 /// What RAM holds.
@@ -139,6 +141,7 @@ pub struct KvmMachine {
 struct Profile {
     vcpus: u32,
     cpuid: Vec<Leaf>,
+    tsc_khz: Option<u32>,
     devices: Vec<Description>,
 }
 
@@ -200,7 +203,7 @@ impl KvmMachine {
             Started::Program(known) => Content::Known(known),
             Started::Kernel(_) => Content::Unknown,
         };
-        machine.identify(Identity { content, cpuid });
+        machine.identify(Identity { content, cpuid, tsc_khz: machine.host.tsc_khz });
         Ok(machine)
     }
 
@@ -240,7 +243,7 @@ impl KvmMachine {
         let (vm, fds, rings) = build(&kvm_fd, &memory, vcpus, dirty_tracking)?;
         devices.connect(vm.clone());
         if let Some(fd) = fds.first() {
-            host.probe_msrs(fd)?;
+            host.probe(fd)?;
         }
         let threads = Vcpus::start(vcpus, devices.bus())
             .map_err(|source| KvmError::System { doing: "start a vCPU's thread", source })?;
@@ -345,19 +348,35 @@ impl KvmMachine {
     pub fn verify(&self) -> Result<KvmReport, KvmError> {
         let Content::Known(known) = self.identity()?.content else { return Err(KvmError::NotVerifiable) };
         let _control = lock(&self.control);
-        let was_running = self.vcpus.pause();
-        if was_running {
-            self.devices.pause()?;
-        }
+        let was_running = self.halt()?;
         let report = self.found(&known).and_then(|found| {
             let image = self.devices.image()?;
             verify::verify(&self.memory, &known, found, image.as_ref())
         });
         if was_running {
-            self.devices.resume()?;
-            self.vcpus.resume();
+            self.go_on()?;
         }
         report
+    }
+
+    /// Stops vCPUs and devices; tells whether they ran. Where that fails they go on.
+    fn halt(&self) -> Result<bool, KvmError> {
+        let was_running = self.vcpus.pause();
+        if let Err(error) = self.devices.pause() {
+            if was_running {
+                // The first error says more than what follows from it.
+                let _ = self.go_on();
+            }
+            return Err(error);
+        }
+        Ok(was_running)
+    }
+
+    /// Starts devices and vCPUs.
+    fn go_on(&self) -> Result<(), KvmError> {
+        self.devices.resume()?;
+        self.vcpus.resume();
+        Ok(())
     }
 
     /// What each vCPU's registers say: what it has done, or what is wrong.
@@ -402,6 +421,7 @@ impl KvmMachine {
     /// behind, and its CPU's features could not be changed any more.
     fn renew(&self, hypervisor: &mut Hypervisor) -> Result<(), KvmError> {
         if hypervisor.used {
+            self.vcpus.pause();
             self.vcpus.all().iter().for_each(|vcpu| vcpu.replace(None, &None));
             let (vm, fds, rings) = build(&self.kvm, &self.memory, self.count, self.dirty_tracking)?;
             self.devices.connect(vm.clone());
@@ -447,8 +467,9 @@ impl KvmMachine {
         drop(fds);
         x86::load_vm(&hypervisor.vm, &state)?;
         self.devices.load(sections)?;
+        let tsc_khz = vcpus.first().and_then(|vcpu| vcpu.tsc_khz);
         let cpuid = vcpus.into_iter().map(|vcpu| vcpu.cpuid).collect();
-        self.identify(Identity { content, cpuid });
+        self.identify(Identity { content, cpuid, tsc_khz });
         Ok(())
     }
 }
@@ -508,10 +529,13 @@ impl Machine for KvmMachine {
     }
 
     fn profile(&self) -> Vec<u8> {
-        let cpuid = self.identity().ok().and_then(|identity| identity.cpuid.into_iter().next()).unwrap_or_default();
+        // An empty machine has none of its own.
+        let (cpuid, tsc_khz) = self.identity().map_or((Vec::new(), None), |identity| {
+            (identity.cpuid.into_iter().next().unwrap_or_default(), identity.tsc_khz)
+        });
         // Encoding into a growing vector does not fail.
         let devices = self.devices.describe();
-        let profile = Profile { vcpus: self.count, cpuid, devices };
+        let profile = Profile { vcpus: self.count, cpuid, tsc_khz, devices };
         encode_profile(KIND, &profile).unwrap_or_default()
     }
 
@@ -520,19 +544,20 @@ impl Machine for KvmMachine {
         same("vCPUs", u64::from(theirs.vcpus), u64::from(self.count))?;
         self.devices.accept(&theirs.devices)?;
         self.check_features(&theirs.cpuid)?;
-        // Now, and not while the guest stands still.
-        Ok(self.renew(&mut lock(&self.hypervisor))?)
+        self.host.keeps_pace(theirs.tsc_khz)?;
+        let _control = lock(&self.control);
+        let mut hypervisor = lock(&self.hypervisor);
+        if hypervisor.used {
+            // Now, and not while the guest stands still. Whose machine it was is over.
+            *self.identity.write().unwrap_or_else(PoisonError::into_inner) = None;
+            self.renew(&mut hypervisor)?;
+        }
+        Ok(())
     }
 
     fn pause(&self) -> Result<(), MachineError> {
         let _control = lock(&self.control);
-        let was_running = self.vcpus.pause();
-        if let Err(error) = self.devices.pause() {
-            if was_running && self.devices.resume().is_ok() {
-                self.vcpus.resume();
-            }
-            return Err(error.into());
-        }
+        self.halt()?;
         Ok(())
     }
 
@@ -547,7 +572,7 @@ impl Machine for KvmMachine {
     }
 
     fn save(&self) -> Result<Vec<StateSection>, MachineError> {
-        let Identity { content, cpuid } = self.identity()?;
+        let Identity { content, cpuid, .. } = self.identity()?;
         self.check_vcpus()?;
         let (memory_bytes, vcpus) = (self.memory_bytes, self.count);
         let guest = match content {

@@ -17,7 +17,7 @@ const MEMORY: u64 = 8 << 20;
 /// A machine whose guest was given other features than it was.
 struct Pretends {
     machine: Arc<KvmMachine>,
-    change: fn(Leaf) -> Leaf,
+    change: fn(&mut Profile),
 }
 
 impl Machine for Pretends {
@@ -31,7 +31,7 @@ impl Machine for Pretends {
 
     fn profile(&self) -> Vec<u8> {
         let mut profile: Profile = decode_profile(&self.machine.profile(), KIND).unwrap();
-        profile.cpuid.iter_mut().for_each(|leaf| *leaf = (self.change)(*leaf));
+        (self.change)(&mut profile);
         encode_profile(KIND, &profile).unwrap()
     }
 
@@ -109,8 +109,10 @@ fn what_does_not_fit_is_refused_on_both_sides_before_ram_is_sent() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     let none = DeviceConfig::default();
-    // A feature that no processor has here: its name is the destination's, too.
-    let more = |leaf: Leaf| if leaf.function == 7 { leaf.with(Word::Ebx, 1 << 5 | 1 << 16) } else { leaf };
+    fn leaf(profile: &mut Profile, function: u32, change: impl Fn(Leaf) -> Leaf) {
+        profile.cpuid.iter_mut().filter(|leaf| leaf.function == function).for_each(|leaf| *leaf = change(*leaf));
+    }
+    let more = |profile: &mut Profile| leaf(profile, 7, |leaf| leaf.with(Word::Ebx, 1 << 5 | 1 << 16));
     let pretends = |change| Arc::new(Pretends { machine: machine(&none), change });
     if features::missing(&[Leaf::indexed(7, 0, [0, 1 << 5 | 1 << 16, 0, 0])], &empty(MEMORY, &none).host.cpuid)
         .is_some()
@@ -119,8 +121,15 @@ fn what_does_not_fit_is_refused_on_both_sides_before_ram_is_sent() {
     } else {
         println!("skipped: this host has the features that it should lack");
     }
-    let other = |leaf: Leaf| if leaf.function == 0 { Leaf::new(0, 0, [0xd, 1, 2, 3]) } else { leaf };
+    let other = |profile: &mut Profile| leaf(profile, 0, |_| Leaf::new(0, 0, [0xd, 1, 2, 3]));
     refuses(pretends(other), empty(MEMORY, &none), &["was given a CPU of"]);
+    let here = empty(MEMORY, &none);
+    if here.host.keeps_pace(Some(1)).is_err() {
+        let slow = |profile: &mut Profile| profile.tsc_khz = Some(1_000_000);
+        refuses(pretends(slow), here, &["1000000 kHz", "cannot give a guest another"]);
+    } else {
+        println!("skipped: this host gives guests time stamp counters of any frequency");
+    }
     refuses(machine(&none), empty(MEMORY / 2, &none), &["8.00 MiB", "4.00 MiB", "give both machines the same memory"]);
     let (large, small) = (devices(&path("large"), 1 << 20), devices(&path("small"), 1 << 19));
     refuses(machine(&large), empty(MEMORY, &small), &["disk", "1048576", "524288"]);

@@ -99,9 +99,13 @@ impl Vcpu {
         loop {
             fd.set_kvm_immediate_exit(0);
             if !gate.is_open() {
-                break;
-            }
-            if bus.ended().is_some() {
+                if !unfinished {
+                    return Ok(());
+                }
+                // An instruction that came out for the VMM is only finished by the next KVM_RUN, which must not go on to
+                // others. It may come out once more, as one that reads and writes a device's register does.
+                fd.set_kvm_immediate_exit(1);
+            } else if bus.ended().is_some() {
                 gate.sleep(Instant::now() + Duration::from_secs(3600));
                 continue;
             }
@@ -126,15 +130,6 @@ impl Vcpu {
                 Err(e) => return Err(format!("KVM_RUN failed: {}", io::Error::from(e))),
             }
         }
-        if unfinished {
-            // An instruction that came out for the VMM is only finished by the next KVM_RUN, which must not go on to others.
-            fd.set_kvm_immediate_exit(1);
-            let finished = fd.run();
-            if !matches!(&finished, Err(e) if e.errno() == libc::EINTR) {
-                return Err(format!("an instruction could not be finished: {finished:?}"));
-            }
-        }
-        Ok(())
     }
 }
 

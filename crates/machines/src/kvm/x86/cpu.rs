@@ -155,12 +155,20 @@ pub(in crate::kvm) fn leaves(model: CpuModel, host: &[Leaf], vcpu: u32, vcpus: u
 
 fn host_leaves(host: &[Leaf], vcpu: u32, vcpus: u32) -> Vec<Leaf> {
     const HYPERVISOR: u32 = 1 << 31;
+    // A guest's own guests are state that is not moved.
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    const NESTED: u32 = 0x8000_000a;
     let topology = |leaf: &Leaf| matches!(leaf.function, 0xb | 0x1f);
     let mut all: Vec<Leaf> = host.iter().filter(|leaf| !topology(leaf)).copied().collect();
     if host.iter().any(topology) {
         all.extend((0..2).map(|index| Leaf::indexed(0xb, index, [0; 4])));
     }
-    let all = all.into_iter().map(|leaf| if leaf.function == 1 { leaf.with(Word::Ecx, HYPERVISOR) } else { leaf });
+    let all = all.into_iter().filter(|leaf| leaf.function != NESTED).map(|leaf| match leaf.function {
+        1 => leaf.without(Word::Ecx, VMX).with(Word::Ecx, HYPERVISOR),
+        0x8000_0001 => leaf.without(Word::Ecx, SVM),
+        _ => leaf,
+    });
     all.map(|leaf| leaf.of_vcpu(vcpu, vcpus)).collect()
 }
 

@@ -25,7 +25,7 @@ pub(in crate::kvm) enum Word {
 }
 
 /// Registers whose bits are features: all that the guest was given must be there.
-const FEATURES: [(u32, u32, Word, &str); 16] = [
+const FEATURES: [(u32, u32, Word, &str); 19] = [
     (0x1, 0, Word::Ecx, "ECX"),
     (0x1, 0, Word::Edx, "EDX"),
     (0x6, 0, Word::Eax, "EAX"),
@@ -33,8 +33,11 @@ const FEATURES: [(u32, u32, Word, &str); 16] = [
     (0x7, 0, Word::Ecx, "ECX"),
     (0x7, 0, Word::Edx, "EDX"),
     (0x7, 1, Word::Eax, "EAX"),
+    (0x7, 1, Word::Ecx, "ECX"),
     (0x7, 1, Word::Edx, "EDX"),
+    (0x7, 2, Word::Edx, "EDX"),
     (0xd, 0, Word::Eax, "EAX"),
+    (0xd, 0, Word::Edx, "EDX"),
     (0xd, 1, Word::Eax, "EAX"),
     (0x8000_0001, 0, Word::Ecx, "ECX"),
     (0x8000_0001, 0, Word::Edx, "EDX"),
@@ -104,6 +107,18 @@ impl Leaf {
         self
     }
 
+    /// Without these bits of a register.
+    pub(super) fn without(self, register: Word, bits: u32) -> Self {
+        let mut all = self;
+        *match register {
+            Word::Eax => &mut all.eax,
+            Word::Ebx => &mut all.ebx,
+            Word::Ecx => &mut all.ecx,
+            Word::Edx => &mut all.edx,
+        } &= !bits;
+        all
+    }
+
     /// With what says which vCPU of how many it is.
     pub(super) fn of_vcpu(mut self, vcpu: u32, vcpus: u32) -> Self {
         const THREADS: u32 = 1 << 8;
@@ -169,6 +184,12 @@ pub(in crate::kvm) fn missing(given: &[Leaf], here: &[Leaf]) -> Option<String> {
             let name = known.map_or_else(String::new, |(.., name)| format!(" ({name})"));
             all.push(format!("leaf {function:#x}.{index} {register_name} bit {bit}{name}"));
         }
+    }
+    let bits = |leaves: &[Leaf]| word(leaves, 0x8000_0008, 0, Word::Eax) & 0xff;
+    let (wanted, there) = (bits(given), bits(here));
+    // A guest may use every bit that it was told of; none are told of on hosts without the leaf.
+    if there != 0 && wanted > there {
+        all.push(format!("{wanted} bits of physical addresses (there are {there})"));
     }
     (!all.is_empty()).then(|| all.join(", "))
 }

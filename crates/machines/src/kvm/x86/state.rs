@@ -4,9 +4,9 @@
 //! events come last; time is set before all else, and the deadline of the APIC's timer is written after the APIC. A vCPU must have left KVM_RUN with nothing left to complete.
 
 use kvm_bindings::{
-    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, Xsave, kvm_clock_data,
-    kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2,
-    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_VCPUEVENT_VALID_NMI_PENDING, Msrs,
+    Xsave, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -34,7 +34,9 @@ pub(in crate::kvm) struct Host {
     /// MSRs that KVM names as part of a vCPU's state, in the order in which they are written.
     msrs: Vec<u32>,
     /// Frequency of its time stamp counter.
-    tsc_khz: Option<u32>,
+    pub(in crate::kvm) tsc_khz: Option<u32>,
+    /// Whether a guest's time stamp counter can have another frequency.
+    scales_tsc: bool,
     /// Words that XSAVE's area has beyond `kvm_xsave`'s 4 KiB.
     xsave_extra: usize,
 }
@@ -43,7 +45,7 @@ pub(in crate::kvm) struct Host {
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::kvm) struct VcpuState {
     pub(in crate::kvm) cpuid: Vec<Leaf>,
-    pub(super) tsc_khz: Option<u32>,
+    pub(in crate::kvm) tsc_khz: Option<u32>,
     /// Between the host's time stamp counter and the guest's, unless it is scaled.
     pub(super) tsc_offset: Option<u64>,
     mp_state: kvm_mp_state,
@@ -84,7 +86,6 @@ impl Host {
             MSR_TSC_DEADLINE => 2,
             _ => 1,
         });
-        msrs.truncate(MSR_BATCH);
         let bytes = usize::try_from(kvm_fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let xsave_extra = bytes.saturating_sub(size_of::<kvm_xsave>()).div_ceil(size_of::<u32>());
         // Said apart, for it depends on the interrupt controllers, which all machines here have.
@@ -93,14 +94,16 @@ impl Host {
         for leaf in cpuid.iter_mut().filter(|leaf| leaf.function == 1) {
             *leaf = leaf.with(Word::Ecx, deadline);
         }
-        Ok(Self { cpuid, msrs, tsc_khz: None, xsave_extra })
+        let scales_tsc = kvm_fd.check_extension(Cap::TscControl);
+        Ok(Self { cpuid, msrs, tsc_khz: None, scales_tsc, xsave_extra })
     }
 
-    /// Leaves out the MSRs that this vCPU does not have.
-    pub(in crate::kvm) fn probe_msrs(&mut self, fd: &VcpuFd) -> Result<(), KvmError> {
+    /// Looks at a vCPU that will not run as this: which MSRs vCPUs with all features have, and how fast they count.
+    pub(in crate::kvm) fn probe(&mut self, fd: &VcpuFd) -> Result<(), KvmError> {
+        set_cpuid(fd, &self.cpuid)?;
         let mut rest = std::mem::take(&mut self.msrs);
         loop {
-            let (_, got) = read_msrs(fd, &rest)?;
+            let got = read_msrs(fd, &rest)?.len();
             if got >= rest.len() {
                 break;
             }
@@ -109,6 +112,18 @@ impl Host {
         self.msrs = rest;
         self.tsc_khz = fd.get_tsc_khz().ok();
         Ok(())
+    }
+
+    /// Whether a guest's time stamp counter can go on here as fast as it has gone, or as good as.
+    pub(in crate::kvm) fn keeps_pace(&self, theirs_khz: Option<u32>) -> Result<(), KvmError> {
+        /// What KVM takes for the same, in millionths.
+        const TOLERANCE_PPM: u64 = 250;
+        let (Some(theirs), Some(ours)) = (theirs_khz, self.tsc_khz) else { return Ok(()) };
+        let apart = u64::from(theirs.abs_diff(ours)).saturating_mul(1_000_000);
+        if self.scales_tsc || apart <= u64::from(ours).saturating_mul(TOLERANCE_PPM) {
+            return Ok(());
+        }
+        Err(KvmError::TscFrequency { theirs_khz: theirs, ours_khz: ours })
     }
 }
 
@@ -119,11 +134,20 @@ pub(super) fn write_back_memory(fd: &VcpuFd) -> Result<(), KvmError> {
     load_msrs(fd, &[(MSR_MTRR_DEFAULT, WRITE_BACK | ENABLED)])
 }
 
-fn read_msrs(fd: &VcpuFd, msrs: &[u32]) -> Result<(Msrs, usize), KvmError> {
-    let entries: Vec<_> = msrs.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
-    let mut batch = Msrs::from_entries(&entries).map_err(|_| too_many("list model specific registers"))?;
-    let got = fd.get_msrs(&mut batch).map_err(kvm("get a vCPU's model specific registers"))?;
-    Ok((batch, got))
+/// Reads MSRs up to the first that the vCPU does not have.
+fn read_msrs(fd: &VcpuFd, msrs: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
+    let mut all = Vec::new();
+    for indices in msrs.chunks(MSR_BATCH) {
+        let entries: Vec<_> =
+            indices.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
+        let mut batch = Msrs::from_entries(&entries).map_err(|_| too_many("list model specific registers"))?;
+        let got = fd.get_msrs(&mut batch).map_err(kvm("get a vCPU's model specific registers"))?;
+        all.extend(batch.as_slice().iter().take(got).map(|entry| (entry.index, entry.data)));
+        if got < indices.len() {
+            break;
+        }
+    }
+    Ok(all)
 }
 
 /// Gives a vCPU its features.
@@ -142,11 +166,10 @@ pub(in crate::kvm) fn save_vcpu(fd: &VcpuFd, host: &Host, given: &[Leaf]) -> Res
     let xcrs = fd.get_xcrs().map_err(kvm("get a vCPU's extended control registers"))?;
     let debugregs = fd.get_debug_regs().map_err(kvm("get a vCPU's debug registers"))?;
     let lapic = fd.get_lapic().map_err(kvm("get a vCPU's interrupt controller"))?;
-    let (batch, got) = read_msrs(fd, &host.msrs)?;
-    if let Some(msr) = host.msrs.get(got) {
+    let msrs = read_msrs(fd, &host.msrs)?;
+    if let Some(msr) = host.msrs.get(msrs.len()) {
         return Err(KvmError::Msr { doing: "get", msr: *msr });
     }
-    let msrs = batch.as_slice().iter().map(|entry| (entry.index, entry.data)).collect();
     let tsc_khz = fd.get_tsc_khz().ok();
     let tsc_offset = time::offset(fd).filter(|_| tsc_khz.is_some() && tsc_khz == host.tsc_khz);
     let events = fd.get_vcpu_events().map_err(kvm("get a vCPU's events"))?;
@@ -170,7 +193,9 @@ pub(in crate::kvm) fn load_vcpu(fd: &VcpuFd, host: &Host, state: &VcpuState) -> 
     // The time stamp counter is set, and counts.
     let msrs: Vec<_> = state.msrs.iter().filter(|(msr, _)| *msr != MSR_TSC).copied().collect();
     load_msrs(fd, &msrs)?;
-    fd.set_vcpu_events(&state.events).map_err(kvm("set a vCPU's events"))
+    // KVM gives a waiting NMI without saying so, and takes it only where that is said.
+    let events = kvm_vcpu_events { flags: state.events.flags | KVM_VCPUEVENT_VALID_NMI_PENDING, ..state.events };
+    fd.set_vcpu_events(&events).map_err(kvm("set a vCPU's events"))
 }
 
 /// Writes a vCPU's time stamp counter.
@@ -185,9 +210,11 @@ fn load_msrs(fd: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), KvmError> {
         msrs.iter().map(|(index, data)| kvm_msr_entry { index: *index, data: *data, ..Default::default() }).collect();
     let mut rest = entries.as_slice();
     while !rest.is_empty() {
-        let batch = Msrs::from_entries(rest).map_err(|_| too_many("list model specific registers"))?;
+        let first = rest.get(..MSR_BATCH).unwrap_or(rest);
+        let batch = Msrs::from_entries(first).map_err(|_| too_many("list model specific registers"))?;
         let set = fd.set_msrs(&batch).map_err(kvm("set a vCPU's model specific registers"))?;
         rest = match rest.get(set..) {
+            Some(after) if set == first.len() => after,
             Some([refused, after @ ..]) if refused.data == 0 => after,
             Some([refused, ..]) => return Err(KvmError::Msr { doing: "set", msr: refused.index }),
             _ => &[],
