@@ -283,3 +283,32 @@ fn nothing_is_left_behind() {
         assert!(open() == 0 && !directory.path().join("socket").exists());
     }
 }
+
+/// An instruction that reads and then writes a device's register comes out twice, and a pause may fall in between.
+#[test]
+fn a_pause_finishes_what_is_half_done() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let devices = devices(directory.path());
+    // mov eax, 0xd0000070; or dword ptr [rax], 0; jmp back
+    let guest: &[u8] = &[0xb8, 0x70, 0, 0, 0xd0, 0x83, 0x08, 0, 0xeb, 0xfb];
+    let one = machine(&devices);
+    one.ram().blocks()[0].write(0x8000, guest).unwrap();
+    for turn in 0..300 {
+        one.resume().unwrap_or_else(|error| panic!("turn {turn}: {error}"));
+        std::thread::sleep(Duration::from_micros(200));
+        one.pause().unwrap();
+    }
+    let other = KvmMachine::empty(&config(&devices)).unwrap();
+    let mut ram = vec![0; 1 << 20];
+    one.ram().blocks()[0].read(0, &mut ram).unwrap();
+    other.ram().blocks()[0].write(0, &ram).unwrap();
+    other.load(one.save().unwrap()).unwrap();
+    other.resume().unwrap();
+    std::thread::sleep(Duration::from_millis(5));
+    other.pause().unwrap();
+    assert_eq!(other.ended(), None);
+    other.save().unwrap();
+}
