@@ -128,7 +128,15 @@ fn usual_machine(args: &Demo) -> (MachineKind, String) {
     if args.workload.is_some() {
         return (MachineKind::Synthetic, "--workload is for it".to_owned());
     }
-    match dunlin_machines::KvmMachine::available() {
+    let devices = dunlin_machines::DeviceConfig::default();
+    let config = dunlin_machines::KvmConfig {
+        memory_bytes: args.memory,
+        vcpus: args.vcpus,
+        backing: args.hugepages,
+        dirty_tracking: args.dirty_tracker.unwrap_or_default(),
+        devices,
+    };
+    match dunlin_machines::KvmMachine::available().and_then(|()| config.check()) {
         Ok(()) => (MachineKind::Kvm, "/dev/kvm can be used".to_owned()),
         Err(error) => (MachineKind::Synthetic, error.to_string()),
     }

@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -195,6 +196,22 @@ fn ensure(holds: bool, what: impl FnOnce() -> String) -> Result<(), String> {
     if holds { Ok(()) } else { Err(what()) }
 }
 
+/// By turns guests on KVM have either tracker.
+static TRIALS: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether KVM has dirty rings.
+fn has_rings() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return {
+        let (backing, dirty_tracking) = (dunlin_machines::Backing::Base, "ring".parse().unwrap());
+        let devices = dunlin_machines::DeviceConfig::default();
+        let config = dunlin_machines::KvmConfig { memory_bytes: 2 << 20, vcpus: 1, backing, dirty_tracking, devices };
+        dunlin_machines::KvmMachine::empty(&config).is_ok()
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Two processes, the link between them, and a fault to come.
 struct Trial {
     // Dropped in this order: the directory last.
@@ -215,7 +232,10 @@ impl Trial {
             Kind::Synthetic => vec!["--memory", MEMORY],
             Kind::Kvm => {
                 std::fs::File::create(&disk).unwrap().set_len(DISK_BYTES).unwrap();
-                vec!["--machine", "kvm", "--memory", MEMORY, "--disk", &disk, "--serial", &serial]
+                let tracker = ["log", "ring"][TRIALS.fetch_add(1, Ordering::Relaxed) % 2];
+                let tracker = if has_rings() { tracker } else { "log" };
+                let machine = ["--machine", "kvm", "--memory", MEMORY, "--vcpus", "2", "--dirty-tracker", tracker];
+                [&machine[..], &["--disk", &disk, "--serial", &serial]].concat()
             }
         };
         let does = match kind {

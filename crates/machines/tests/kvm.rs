@@ -8,10 +8,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::kvm::{kvm, trackings};
 use common::{MIB, parameters, runs, until};
-use dunlin::memory::{DirtyBitmap, TrackerError};
+use dunlin::memory::DirtyBitmap;
 use dunlin::{Destination, Guest, Machine, Source, Status};
-use dunlin_machines::{Backing, CpuModel, DeviceConfig, DirtyTracking, KvmConfig, KvmError, KvmGuest, KvmMachine};
+use dunlin_machines::{Backing, CpuModel, DeviceConfig, DirtyTracking, KvmConfig, KvmGuest, KvmMachine};
 
 const MEMORY: u64 = 32 * MIB;
 
@@ -19,29 +20,6 @@ const MEMORY: u64 = 32 * MIB;
 struct Side {
     machine: Arc<KvmMachine>,
     guest: Arc<Guest>,
-}
-
-/// Whether there is KVM; says so if not.
-fn kvm() -> bool {
-    match KvmMachine::available() {
-        Ok(()) => true,
-        Err(error) => {
-            println!("skipped: {error}");
-            false
-        }
-    }
-}
-
-/// The ways of tracking writes that there are here.
-fn trackings() -> Vec<DirtyTracking> {
-    let mut trackings = vec![DirtyTracking::Log];
-    let ring = DirtyTracking::Ring { entries: None };
-    match KvmMachine::empty(&config(1, ring)) {
-        Ok(_) => trackings.push(ring),
-        Err(KvmError::Tracker(TrackerError::NoDirtyRing)) => println!("skipped with {ring}: KVM has none"),
-        Err(error) => panic!("{error}"),
-    }
-    trackings
 }
 
 /// A KVM that emulates the guest's code, instruction by instruction. While it does, it puts a page into the vCPU's dirty

@@ -7,9 +7,9 @@ mod common;
 
 use std::time::Duration;
 
-use common::kvm::{World, kvm, move_guest};
+use common::kvm::{World, kvm, move_guest, trackings};
 use common::{MIB, Random, runs};
-use dunlin_machines::{Backing, DirtyTracking};
+use dunlin_machines::Backing;
 
 const EVERYTHING: &str = "dirty:working-set=1M+io+timer";
 
@@ -19,13 +19,14 @@ fn everything_goes_on_through_round_trips() {
     if !kvm() {
         return;
     }
-    for vcpus in [1, 2] {
-        let world = World::new(vcpus, EVERYTHING);
+    for (vcpus, tracking) in [1, 2].into_iter().flat_map(|vcpus| trackings().into_iter().map(move |t| (vcpus, t))) {
+        let mut world = World::new(vcpus, EVERYTHING);
+        world.tracking = tracking;
         let (a, b) = (world.source(Backing::Base), world.empty(Backing::Base));
         world.assert_goes_on(&a);
         let mut random = Random(u64::from(vcpus));
         for turn in 0..2 * runs(3) {
-            let what = format!("{vcpus} vCPUs, turn {turn}");
+            let what = format!("{vcpus} vCPUs, {tracking}, turn {turn}");
             let (from, to) = if turn % 2 == 0 { (&a, &b) } else { (&b, &a) };
             std::thread::sleep(Duration::from_millis(random.below(30)));
             let report = move_guest(from, to, &[]);
@@ -43,7 +44,7 @@ fn random_moves() {
     if !kvm() {
         return;
     }
-    let ring: DirtyTracking = "ring".parse().unwrap();
+    let trackings = trackings();
     let mut random = Random(4);
     let vcpus = if std::thread::available_parallelism().map_or(1, usize::from) > 2 { &[1, 2, 4][..] } else { &[1, 2] };
     let backings = if Backing::Huge2M.map(64 << 20).is_ok() {
@@ -54,7 +55,7 @@ fn random_moves() {
     };
     for run in 0..runs(12) {
         // Every way of tracking on every number of vCPUs, whatever else.
-        let tracking = if run % 2 == 0 { DirtyTracking::Log } else { ring };
+        let tracking = trackings[run as usize % trackings.len()];
         let mut world = World::new(vcpus[(run / 2) as usize % vcpus.len()], EVERYTHING);
         world.tracking = tracking;
         let (from, to) = (*random.pick(backings), *random.pick(backings));

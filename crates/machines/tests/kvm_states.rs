@@ -93,12 +93,11 @@ impl Saved {
     }
 }
 
-/// Whether a guest cannot be taken over because of the host and not of its state.
+/// Whether a guest cannot be taken over because of the host's processor and not of its state.
 fn is_the_hosts(error: &KvmError) -> bool {
-    matches!(
-        error,
-        KvmError::Features { .. } | KvmError::CpuVendor { .. } | KvmError::Msr { .. } | KvmError::Kvm { .. }
-    )
+    let frequency = |doing: &str| doing.contains("frequency of a vCPU's time stamp counter");
+    matches!(error, KvmError::Features { .. } | KvmError::CpuVendor { .. })
+        || matches!(error, KvmError::Kvm { doing, .. } if frequency(doing))
 }
 
 #[test]

@@ -65,6 +65,24 @@ pub struct KvmConfig {
     pub devices: DeviceConfig,
 }
 
+impl KvmConfig {
+    /// Checks that a machine can have such memory and so many vCPUs.
+    ///
+    /// # Errors
+    /// Which of them it cannot.
+    pub fn check(&self) -> Result<(), KvmError> {
+        let range = MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES;
+        // Memory begins again at 4 GiB, so that the hole is a multiple of all pages.
+        if !range.contains(&self.memory_bytes) || !self.memory_bytes.is_multiple_of(self.backing.page_bytes()) {
+            return Err(KvmError::MemorySize { bytes: self.memory_bytes });
+        }
+        match self.vcpus {
+            1..=MAX_VCPUS => Ok(()),
+            vcpus => Err(KvmError::Vcpus { vcpus }),
+        }
+    }
+}
+
 /// What runs in a machine.
 #[derive(Debug, Clone)]
 pub enum KvmGuest {
@@ -226,15 +244,7 @@ impl KvmMachine {
     /// As [`new`](Self::new).
     pub fn empty(config: &KvmConfig) -> Result<Arc<Self>, KvmError> {
         let KvmConfig { memory_bytes, vcpus, backing, dirty_tracking, ref devices } = *config;
-        let range = MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES;
-        let page = backing.page_bytes();
-        // Memory begins again at 4 GiB, so that the hole is a multiple of all pages.
-        if !range.contains(&memory_bytes) || !memory_bytes.is_multiple_of(page) {
-            return Err(KvmError::MemorySize { bytes: memory_bytes });
-        }
-        if vcpus == 0 || vcpus > MAX_VCPUS {
-            return Err(KvmError::Vcpus { vcpus });
-        }
+        config.check()?;
         let kvm_fd = open()?;
         let mut host = Host::ask(&kvm_fd)?;
         let memory = Memory::new(memory_bytes, backing)?;

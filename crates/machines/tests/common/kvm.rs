@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use dunlin::memory::TrackerError;
 use dunlin::{Destination, Guest, Report, Source, Status};
 use dunlin_machines::{
-    Backing, CpuModel, DeviceConfig, DirtyTracking, DiskAccess, DiskConfig, DiskFormat, KvmConfig, KvmGuest,
+    Backing, CpuModel, DeviceConfig, DirtyTracking, DiskAccess, DiskConfig, DiskFormat, KvmConfig, KvmError, KvmGuest,
     KvmMachine, KvmReport, SerialTarget,
 };
 
@@ -19,6 +20,21 @@ pub fn kvm() -> bool {
             println!("skipped: {error}");
             false
         }
+    }
+}
+
+/// The ways of tracking writes that there are here.
+pub fn trackings() -> Vec<DirtyTracking> {
+    let ring = DirtyTracking::Ring { entries: None };
+    let devices = DeviceConfig::default();
+    let config = KvmConfig { memory_bytes: 2 * MIB, vcpus: 1, backing: Backing::Base, dirty_tracking: ring, devices };
+    match KvmMachine::empty(&config) {
+        Ok(_) => vec![DirtyTracking::Log, ring],
+        Err(KvmError::Tracker(TrackerError::NoDirtyRing)) => {
+            println!("skipped with {ring}: KVM has none");
+            vec![DirtyTracking::Log]
+        }
+        Err(error) => panic!("{error}"),
     }
 }
 
