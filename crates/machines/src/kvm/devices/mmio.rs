@@ -142,6 +142,7 @@ pub(super) struct Transport {
     /// What is offered.
     features: u64,
     config: Vec<u8>,
+    properties: Vec<(String, String)>,
     queue_sizes: &'static [u16],
     status: AtomicU32,
     interrupt_status: AtomicU32,
@@ -206,6 +207,7 @@ impl Transport {
             name: device.name(),
             features: device.features() | ours,
             config: device.config(),
+            properties: device.properties(),
             queue_sizes,
             status: AtomicU32::new(0),
             interrupt_status: AtomicU32::new(0),
@@ -236,7 +238,7 @@ impl Transport {
 
     /// What the other side must have the same.
     pub(super) fn properties(&self) -> Vec<(String, String)> {
-        lock(&self.live).device.properties()
+        self.properties.clone()
     }
 
     fn status(&self) -> u32 {

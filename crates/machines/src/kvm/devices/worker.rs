@@ -73,6 +73,12 @@ impl Bell {
         self.ring();
     }
 
+    /// Has the worker stop soon, without waiting for it. What is rung from now on is found when it is opened again.
+    pub(super) fn hold(&self) {
+        self.state().open = false;
+        self.open.store(false, Ordering::Release);
+    }
+
     /// Stops the worker and waits until it has.
     pub(super) fn close(&self) {
         let mut state = self.state();
@@ -159,6 +165,11 @@ impl Worker {
     /// Lets it work.
     pub(super) fn resume(&self) {
         self.bell.open();
+    }
+
+    /// Has it stop soon, without waiting for it.
+    pub(super) fn hold(&self) {
+        self.bell.hold();
     }
 
     /// Stops it and waits until it has.
