@@ -4,10 +4,13 @@
 //! (DEVICE_NEEDS_RESET) and does nothing until then.
 //!
 //! What must stay true: locks are taken in the order registers, live. The worker holds `live` for one request at a time, so
-//! that a request is either done and in the used ring, or untouched. Once paused, nothing here changes.
+//! that a request is either done and in the used ring, or untouched. Once paused, nothing here changes. A device that
+//! panics is out of use from then on: its driver is told, and pauses fail, so that it is not moved.
 
+use std::any::Any;
 use std::fmt;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -70,6 +73,23 @@ struct Live {
     /// The driver has said that it is ready, and nothing has gone wrong since.
     active: bool,
     device: Box<dyn Device>,
+    /// The queue of the request in hand, and where in its available ring that is.
+    in_hand: Option<(usize, u16)>,
+    /// The device has panicked; what it said. Nobody knows what state it is in.
+    failed: Option<String>,
+}
+
+/// A device has panicked.
+#[derive(Debug, thiserror::Error)]
+#[error("it has failed: {said}")]
+struct DeviceFailed {
+    said: String,
+}
+
+/// What a panic says.
+fn said(panic: &(dyn Any + Send)) -> String {
+    let literal = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    literal.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "it panicked".to_owned())
 }
 
 /// What became of a look at a queue.
@@ -213,7 +233,13 @@ impl Transport {
             interrupt_status: AtomicU32::new(0),
             interrupt,
             registers: Mutex::default(),
-            live: Mutex::new(Live { queues: queues.map_err(io::Error::other)?, active: false, device }),
+            live: Mutex::new(Live {
+                queues: queues.map_err(io::Error::other)?,
+                active: false,
+                device,
+                in_hand: None,
+                failed: None,
+            }),
             ram,
             bell: Arc::new(Bell::new()?),
         };
@@ -412,12 +438,46 @@ impl Transport {
             live.device.set_features(chosen);
         }
         live.active = is_active(status);
+        if live.active && live.failed.is_some() {
+            self.give_up(&mut live);
+        }
         drop(live);
         self.bell.ring();
     }
 
     /// Carries out what is in the queues, until there is nothing or the machine is paused.
     pub(super) fn work(&self, bell: &Bell) -> Wait {
+        // After a panic the device is not used any more, and the queues are put right.
+        let work = catch_unwind(AssertUnwindSafe(|| self.work_through(bell)));
+        work.unwrap_or_else(|panic| {
+            self.fail(&mut lock(&self.live), said(&*panic));
+            Wait::Bell
+        })
+    }
+
+    /// The device has panicked. The request in hand goes back to the available ring, and the driver is told.
+    fn fail(&self, live: &mut Live, said: String) {
+        if let Some((index, next)) = live.in_hand.take()
+            && let Some(queue) = live.queues.get_mut(index)
+        {
+            queue.set_next_avail(next);
+        }
+        live.failed.get_or_insert(said);
+        self.give_up(live);
+    }
+
+    /// Asks the device for something that is no request.
+    fn ask(&self, what: impl FnOnce(&mut dyn Device) -> io::Result<()>) -> io::Result<()> {
+        let mut live = lock(&self.live);
+        let asked = catch_unwind(AssertUnwindSafe(|| what(&mut *live.device)));
+        asked.unwrap_or_else(|panic| {
+            let said = said(&*panic);
+            self.fail(&mut live, said.clone());
+            Err(io::Error::other(DeviceFailed { said }))
+        })
+    }
+
+    fn work_through(&self, bell: &Bell) -> Wait {
         let mut again = true;
         while again {
             again = false;
@@ -453,7 +513,7 @@ impl Transport {
     }
 
     fn look(&self, live: &mut Live, index: usize) -> Result<Look, Broken> {
-        let Live { queues, device, .. } = live;
+        let Live { queues, device, in_hand, .. } = live;
         let Some(queue) = queues.get_mut(index).filter(|queue| queue.ready()) else { return Ok(Look::Nothing) };
         let ram = &*self.ram;
         if !queue.is_valid(ram) {
@@ -462,13 +522,18 @@ impl Transport {
         if !device.wants(index) {
             return Ok(Look::Nothing);
         }
+        let next = queue.next_avail();
         let Some(descriptors) = queue.iter(ram).map_err(|_| Broken)?.next() else {
             // From here on the guest tells of more; what came before it could know that is found here.
             let more = queue.enable_notification(ram).map_err(|_| Broken)?;
             return Ok(if more { Look::Done } else { Look::Nothing });
         };
         let head = descriptors.head_index();
-        let written = device.handle(index, &Chain::collect(descriptors)?, &self.ram)?;
+        let chain = Chain::collect(descriptors)?;
+        *in_hand = Some((index, next));
+        let handled = device.handle(index, &chain, &self.ram);
+        *in_hand = None;
+        let written = handled?;
         queue.add_used(ram, head, written).map_err(|_| Broken)?;
         if queue.needs_notification(ram).map_err(|_| Broken)? {
             self.raise(USED);
@@ -477,13 +542,23 @@ impl Transport {
     }
 
     /// The worker has stopped: has the device make others see what was acknowledged.
+    ///
+    /// # Errors
+    /// When they would not, or the device has failed: as it is it must not go anywhere.
     pub(super) fn pause(&self) -> io::Result<()> {
-        lock(&self.live).device.pause()
+        let paused = self.ask(Device::pause);
+        match lock(&self.live).failed.clone() {
+            Some(said) => Err(io::Error::other(DeviceFailed { said })),
+            None => paused,
+        }
     }
 
-    /// The machine is about to run.
+    /// The machine is about to run. A device that has failed does not keep the others from that.
     pub(super) fn resume(&self) -> io::Result<()> {
-        lock(&self.live).device.resume()
+        if lock(&self.live).failed.is_some() {
+            return Ok(());
+        }
+        self.ask(Device::resume)
     }
 
     /// The state of the paused device.
@@ -528,11 +603,12 @@ impl Transport {
         let features = if state.status & DRIVER_OK != 0 { state.registers.driver_features } else { 0 };
         live.device.set_features(features);
         live.queues = queues;
-        live.active = is_active(state.status);
+        live.active = is_active(state.status) && live.failed.is_none();
         self.status.store(state.status, Ordering::SeqCst);
         self.interrupt_status.store(state.interrupt_status, Ordering::SeqCst);
         *registers = state.registers;
-        Ok(live.device.renew())
+        drop((registers, live));
+        Ok(self.ask(Device::renew))
     }
 }
 

@@ -1,6 +1,7 @@
 //! The registers, in and out of order.
 
 use super::*;
+use crate::kvm::devices::chain::{Broken, Chain};
 use crate::kvm::devices::rng::Rng;
 
 const VERSION_1: u64 = 1 << 32;
@@ -10,6 +11,103 @@ fn rig() -> (Rig, Driver) {
     let rig = Rig::new(Box::new(Rng), &memory);
     rig.resume();
     (rig, Driver::new(&memory, 16))
+}
+
+/// A device that panics at a request that has something to read.
+#[derive(Debug)]
+struct Panics(Rng);
+
+impl Device for Panics {
+    fn kind(&self) -> u32 {
+        self.0.kind()
+    }
+
+    fn name(&self) -> &'static str {
+        "panics"
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        self.0.queue_sizes()
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn properties(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
+    fn set_features(&mut self, _: u64) {}
+
+    fn handle(&mut self, queue: usize, chain: &Chain, ram: &GuestRam) -> Result<u32, Broken> {
+        assert!(chain.readable.length() == 0, "something to read");
+        self.0.handle(queue, chain, ram)
+    }
+}
+
+/// The driver is told that the device is out of use, the request in hand is still available, and a pause fails: neither a
+/// stop nor a migration makes believe that all is well. The rest of the machine can go on.
+#[test]
+fn a_device_that_panics_is_told_of() {
+    let memory = memory();
+    let rig = Rig::new(Box::new(Panics(Rng)), &memory);
+    let mut driver = Driver::new(&memory, 16);
+    rig.resume();
+    rig.bring_up(VERSION_1, driver.queue);
+    driver.submit(0, &[(0x20_0000, 8, true)]);
+    rig.write(0x50, 0);
+    driver.wait_for_all("a good request");
+    rig.pause();
+    rig.resume();
+    driver.submit(1, &[(0x20_0000, 8, false)]);
+    driver.submit(2, &[(0x20_0000, 8, true)]);
+    rig.write(0x50, 0);
+    until("it asks for a reset", || rig.read(0x70) == 0x4f);
+    assert_eq!(rig.read(0x60) & 2, 2);
+    for _ in 0..2 {
+        rig.worker.pause();
+        let error = rig.transport.pause().unwrap_err().to_string();
+        assert!(error.contains("it has failed: something to read"), "{error}");
+        assert_eq!(driver.used(), 1);
+        let state = postcard::to_stdvec(&rig.transport.save()).unwrap();
+        // The queue's size, and its place in the available ring: of three requests the first is done.
+        assert!(state.windows(3).any(|bytes| bytes == [64, 1, 1]), "{state:?}");
+        rig.resume();
+    }
+    // A reset does not mend it.
+    driver.memory.write_slice(&[0; 0x8000], GuestAddress(driver.queue.start)).unwrap();
+    rig.write(0x70, 0);
+    for status in [1, 3] {
+        rig.write(0x70, status);
+    }
+    rig.write(0x24, 1);
+    rig.write(0x20, 1);
+    rig.write(0x70, 0xb);
+    rig.write(0x70, 0xf);
+    assert_eq!(rig.read(0x70), 0x4f);
+}
+
+/// Held, a device takes no more requests; what is rung then is found when it goes on, paused or not.
+#[test]
+fn no_notification_is_lost_by_a_held_device() {
+    let (rig, mut driver) = rig();
+    rig.bring_up(VERSION_1, driver.queue);
+    for turn in 0..200u16 {
+        rig.worker.hold();
+        driver.submit(turn % 8, &[(0x20_0000, 8, true)]);
+        rig.write(0x50, 0);
+        if turn % 2 == 0 {
+            rig.pause();
+            assert_eq!(driver.used(), turn);
+        }
+        rig.resume();
+        driver.wait_for_all("what was rung meanwhile");
+    }
 }
 
 #[test]
