@@ -248,6 +248,6 @@ impl Device for Block {
     }
 
     fn renew(&mut self) -> io::Result<()> {
-        self.disk.reopen()
+        self.disk.renew()
     }
 }

@@ -50,7 +50,8 @@ pub(super) trait Device: Send {
     fn resume(&mut self) -> io::Result<()> {
         Ok(())
     }
-    /// The guest comes from elsewhere, where it has run until now: what was known from before is outdated.
+    /// The guest comes from elsewhere, where it has run until now: what was known from before is outdated. Nothing is
+    /// written yet.
     ///
     /// # Errors
     /// When it cannot be brought up to date.

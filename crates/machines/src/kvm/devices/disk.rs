@@ -1,7 +1,8 @@
 //! A disk image in a file, which both sides of a migration share.
 //!
-//! What must stay true: an image is opened for use only when no other machine runs on it, as nothing that was read before
-//! may be kept; and it is locked while its machine runs, so that no two machines run on it by mistake.
+//! What must stay true: an image is open for use only while it is locked, and nothing that was read is kept once it is
+//! unlocked, as others may write it then; and it is locked while its machine runs, so that no two machines run on it by
+//! mistake.
 
 use std::fmt;
 use std::fs;
@@ -19,6 +20,7 @@ pub(super) struct Disk {
     pub(super) config: DiskConfig,
     /// Bytes that the guest sees.
     pub(super) size: u64,
+    // Dropped in this order: dropping an image writes out what it has kept.
     image: Option<FormatAccess<File>>,
     lock: Option<fs::File>,
 }
@@ -61,19 +63,20 @@ impl Disk {
         Ok(Self { config, size, image: None, lock: None })
     }
 
-    /// Opens it for use, with nothing known from before.
-    pub(super) fn reopen(&mut self) -> io::Result<()> {
-        self.image = None;
-        let image = open(&self.config, self.config.access)?;
-        if image.size() != self.size {
-            let problem = format!("it has {} bytes now and had {} before", image.size(), self.size);
-            return Err(io::Error::other(problem));
+    fn check_size(&self, size: u64) -> io::Result<()> {
+        if size == self.size {
+            return Ok(());
         }
-        self.image = Some(image);
-        Ok(())
+        Err(io::Error::other(format!("it has {size} bytes now and had {} before", self.size)))
     }
 
-    /// Locks it, and opens it for use unless it is.
+    /// Forgets what was known of it, and looks whether it can be used, without writing anything.
+    pub(super) fn renew(&mut self) -> io::Result<()> {
+        self.image = None;
+        self.check_size(Image::open(&self.config)?.0.size())
+    }
+
+    /// Locks it and opens it anew, unless it has been locked all the time.
     pub(super) fn acquire(&mut self) -> io::Result<()> {
         if self.lock.is_none() {
             let file = fs::File::open(&self.config.path)?;
@@ -87,14 +90,23 @@ impl Disk {
                 Err(fs::TryLockError::Error(error)) => return Err(error),
             }
         }
-        if self.image.is_none() { self.reopen() } else { Ok(()) }
+        if self.image.is_none() {
+            let image = open(&self.config, self.config.access)?;
+            self.check_size(image.size())?;
+            self.image = Some(image);
+        }
+        Ok(())
     }
 
-    /// Makes others see all of it, and unlocks it.
+    /// Makes others see all of it, keeps nothing of it, and unlocks it.
+    ///
+    /// # Errors
+    /// When what was written could not be written out. It stays open and locked then: what is kept is the only copy.
     pub(super) fn release(&mut self) -> io::Result<()> {
         if let Some(image) = &self.image {
             image.flush()?;
         }
+        self.image = None;
         // Closing alone would leave it with a child process that has just been forked, until that executes its program.
         self.lock.take().map_or(Ok(()), |lock| lock.unlock())
     }

@@ -66,7 +66,7 @@ fn contents(config: &DiskConfig, bytes: usize) -> Vec<u8> {
                 Err(error) => println!("skipped: qemu-img: {error}"),
             }
             let mut disk = look(&DiskConfig { access: DiskAccess::ReadOnly, ..config.clone() });
-            disk.reopen().unwrap();
+            disk.acquire().unwrap();
             let mut all = vec![0; bytes];
             disk.read(&mut all, 0).unwrap();
             all
@@ -228,6 +228,35 @@ fn an_image_has_one_machine() {
     let (mut one, mut other) = (look(&reader), look(&reader));
     one.acquire().unwrap();
     other.acquire().unwrap();
+}
+
+/// While a machine stands still another process may write its image: nothing that was read before is kept.
+#[test]
+fn what_others_wrote_meanwhile_is_seen() {
+    for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
+        let (_directory, config) = blank_of(format, 64);
+        let (mut one, mut other) = (look(&config), look(&config));
+        let mut sector = [0; SECTOR];
+        for (turn, value) in (1..20u8).enumerate() {
+            one.acquire().unwrap();
+            one.read(&mut sector, 0).unwrap();
+            assert_eq!(sector, [value - 1; SECTOR], "{format}");
+            // New clusters, so that an old mapping would show.
+            one.write(&[value; SECTOR], (turn * 4096 % (64 * SECTOR)) as u64).unwrap();
+            one.release().unwrap();
+            assert!(one.read(&mut sector, 0).is_err(), "it is not open");
+            other.renew().unwrap();
+            assert!(other.write(&sector, 0).is_err(), "not before it is locked");
+            other.acquire().unwrap();
+            other.read(&mut sector, (turn * 4096 % (64 * SECTOR)) as u64).unwrap();
+            assert_eq!(sector, [value; SECTOR], "{format}");
+            other.write(&[value; SECTOR], 0).unwrap();
+            other.release().unwrap();
+        }
+        if format == DiskFormat::Qcow2 && Command::new("qemu-img").arg("--version").output().is_ok() {
+            check_image(&config.path);
+        }
+    }
 }
 
 /// A burst of writes and reads is interrupted anywhere, goes on in another device over the same memory and image, and
