@@ -23,6 +23,8 @@ pub(super) struct Disk {
     // Dropped in this order: dropping an image writes out what it has kept.
     image: Option<FormatAccess<File>>,
     lock: Option<fs::File>,
+    /// Something was written that may not be on the medium yet.
+    written: bool,
 }
 
 impl fmt::Debug for Disk {
@@ -60,7 +62,7 @@ impl Disk {
     /// Looks at an image without keeping or writing anything.
     pub(super) fn look(config: DiskConfig) -> io::Result<Self> {
         let size = Image::open(&config)?.0.size();
-        Ok(Self { config, size, image: None, lock: None })
+        Ok(Self { config, size, image: None, lock: None, written: false })
     }
 
     fn check_size(&self, size: u64) -> io::Result<()> {
@@ -98,13 +100,18 @@ impl Disk {
         Ok(())
     }
 
-    /// Makes others see all of it, keeps nothing of it, and unlocks it.
+    /// Makes others see all of it, has it on the medium, keeps nothing of it, and unlocks it.
     ///
     /// # Errors
     /// When what was written could not be written out. It stays open and locked then: what is kept is the only copy.
     pub(super) fn release(&mut self) -> io::Result<()> {
         if let Some(image) = &self.image {
             image.flush()?;
+            // A flush at another host does not cover what was written here.
+            if self.written {
+                image.sync()?;
+                self.written = false;
+            }
         }
         self.image = None;
         // Closing alone would leave it with a child process that has just been forked, until that executes its program.
@@ -115,24 +122,32 @@ impl Disk {
         self.image.as_mut().ok_or_else(|| io::Error::other("the image is not open"))
     }
 
+    /// The image, to write to it.
+    fn to_write(&mut self) -> io::Result<&mut FormatAccess<File>> {
+        self.written = true;
+        self.image()
+    }
+
     pub(super) fn read(&mut self, to: &mut [u8], offset: u64) -> io::Result<()> {
         self.image()?.read(to, offset)
     }
 
     pub(super) fn write(&mut self, from: &[u8], offset: u64) -> io::Result<()> {
-        self.image()?.write(from, offset)
+        self.to_write()?.write(from, offset)
     }
 
     /// Has everything on the medium.
     pub(super) fn sync(&mut self) -> io::Result<()> {
         let image = self.image()?;
         image.flush()?;
-        image.sync()
+        image.sync()?;
+        self.written = false;
+        Ok(())
     }
 
     /// Says that what is there is not needed. Nothing may come of it.
     pub(super) fn discard(&mut self, offset: u64, length: u64) -> io::Result<()> {
-        match self.image()?.discard_to_any(offset, length) {
+        match self.to_write()?.discard_to_any(offset, length) {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
             other => other,
         }
@@ -140,7 +155,7 @@ impl Disk {
 
     /// Has zeros there, and less room taken where that can be.
     pub(super) fn zero_and_free(&mut self, offset: u64, length: u64) -> io::Result<()> {
-        match self.image()?.discard_to_zero(offset, length) {
+        match self.to_write()?.discard_to_zero(offset, length) {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => self.zero(offset, length),
             other => other,
         }
@@ -148,6 +163,6 @@ impl Disk {
 
     /// Has zeros there.
     pub(super) fn zero(&mut self, offset: u64, length: u64) -> io::Result<()> {
-        self.image()?.write_zeroes(offset, length)
+        self.to_write()?.write_zeroes(offset, length)
     }
 }
