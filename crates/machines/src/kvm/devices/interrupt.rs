@@ -50,15 +50,6 @@ impl Interrupt {
     }
 }
 
-impl vm_superio::Trigger for Interrupt {
-    type E = std::convert::Infallible;
-
-    fn trigger(&self) -> Result<(), Self::E> {
-        self.raise();
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use kvm_bindings::{KVM_IRQCHIP_PIC_MASTER, kvm_irqchip};

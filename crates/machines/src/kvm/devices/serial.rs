@@ -6,11 +6,12 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use vm_superio::Serial;
 use vm_superio::serial::{Error, NoEvents, SerialState};
+use vm_superio::{Serial, Trigger};
 
 use super::console::{self, Console, Output, Room, Sink};
 use super::interrupt::Interrupt;
@@ -35,7 +36,31 @@ impl io::Write for Out {
     }
 }
 
-type Uart = Serial<Interrupt, NoEvents, Out>;
+/// The port's interrupt line, which can be muted.
+#[derive(Debug, Clone)]
+struct Line {
+    interrupt: Interrupt,
+    muted: Arc<AtomicBool>,
+}
+
+impl Trigger for Line {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        if !self.muted.load(Ordering::Relaxed) {
+            self.interrupt.raise();
+        }
+        Ok(())
+    }
+}
+
+impl Line {
+    fn new(interrupt: Interrupt) -> Self {
+        Self { interrupt, muted: Arc::default() }
+    }
+}
+
+type Uart = Serial<Line, NoEvents, Out>;
 
 struct Inner {
     uart: Uart,
@@ -120,7 +145,7 @@ impl SerialPort {
     /// A port out of reset.
     pub(super) fn new(target: &SerialTarget, interrupt: Interrupt) -> io::Result<Self> {
         let (output, outside) = console::open(target)?;
-        let uart = Serial::new(interrupt.clone(), Out(output.clone()));
+        let uart = Serial::new(Line::new(interrupt.clone()), Out(output.clone()));
         let shared = Arc::new(Shared(Mutex::new(Inner { uart, running: false })));
         let console = Console::start(output.clone(), outside, shared.clone())?;
         Ok(Self { shared, output, interrupt, _console: console })
@@ -169,7 +194,7 @@ impl SerialPort {
         }
     }
 
-    /// Takes over a state; interrupts that are due are raised again.
+    /// Takes over a state. An interrupt that is due is in the state of the interrupt controllers, and not raised again.
     ///
     /// # Errors
     /// When it has more input than there is room for.
@@ -188,8 +213,12 @@ impl SerialPort {
             in_buffer: state.input,
         };
         let out = Out(self.output.clone());
-        let uart = Serial::from_state(&state, self.interrupt.clone(), NoEvents, out);
-        self.shared.lock().uart = uart.map_err(|error: Error<Infallible>| error.to_string())?;
+        let line = Line::new(self.interrupt.clone());
+        line.muted.store(true, Ordering::Relaxed);
+        let uart = Serial::from_state(&state, line.clone(), NoEvents, out);
+        let uart = uart.map_err(|error: Error<Infallible>| error.to_string())?;
+        line.muted.store(false, Ordering::Relaxed);
+        self.shared.lock().uart = uart;
         Ok(())
     }
 }

@@ -165,7 +165,10 @@ fn input_is_part_of_the_state() {
     assert!(pulses.count() > 0);
     from.pause();
     to.load(from.save()).unwrap();
-    assert!(more_pulses.count() > 0, "what was raised is raised again");
+    assert_eq!(more_pulses.count(), 0, "what was raised is in the interrupt controllers' state");
+    to.write(1, 2);
+    to.write(0, b'x');
+    assert!(more_pulses.count() > 0, "what comes later is raised");
     from.resume();
     assert_eq!((from.read(0), from.read(0)), (0, 1));
     from.pause();
