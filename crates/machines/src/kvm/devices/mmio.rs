@@ -416,11 +416,8 @@ impl Transport {
         }
         let old = self.status();
         let wanted = value & (ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED);
-        // Bits are only ever added, each after those before it.
-        let ordered = [(DRIVER, ACKNOWLEDGE), (FEATURES_OK, DRIVER), (DRIVER_OK, FEATURES_OK)]
-            .iter()
-            .all(|(bit, before)| wanted & bit == 0 || wanted & before != 0);
-        if old & !NEEDS_RESET & !wanted != 0 || !ordered {
+        // Bits are only ever added.
+        if old & !NEEDS_RESET & !wanted != 0 || !is_ordered(wanted) {
             return;
         }
         let mut added = wanted & !old;
@@ -580,6 +577,9 @@ impl Transport {
         if *kind != self.kind || queues.len() != count || registers.setups.len() != count || status & !known != 0 {
             return Err("it is another device's".to_owned());
         }
+        if !is_ordered(*status) {
+            return Err(format!("a status of {status:#x}"));
+        }
         if status & FEATURES_OK != 0 && registers.driver_features & !self.features != 0 {
             return Err("the driver has features that this device does not offer".to_owned());
         }
@@ -610,6 +610,12 @@ impl Transport {
         drop((registers, live));
         Ok(self.ask(Device::renew))
     }
+}
+
+/// Each bit of a driver's progress comes after those before it.
+fn is_ordered(status: u32) -> bool {
+    let order = [(DRIVER, ACKNOWLEDGE), (FEATURES_OK, DRIVER), (DRIVER_OK, FEATURES_OK)];
+    order.iter().all(|(bit, before)| status & bit == 0 || status & before != 0)
 }
 
 fn is_active(status: u32) -> bool {

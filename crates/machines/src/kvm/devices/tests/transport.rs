@@ -261,3 +261,20 @@ fn impossible_requests_ask_for_a_reset() {
     rig.write(0x50, 0);
     driver.wait_for_all("a ring of descriptors");
 }
+
+/// A state with features that are not offered is refused, also one that says that nobody settled on them.
+#[test]
+fn features_of_a_hostile_state() {
+    let (rig, driver) = rig();
+    rig.bring_up(VERSION_1, driver.queue);
+    rig.pause();
+    // The kind, and then the status.
+    let mut bytes = postcard::to_stdvec(&rig.transport.save()).unwrap();
+    assert_eq!(bytes[..2], [4, 0xf]);
+    for status in [0x7, 0x4, 0xd, 0xe] {
+        bytes[1] = status;
+        assert!(rig.transport.load(postcard::from_bytes(&bytes).unwrap(), 0).is_err(), "{status:#x}");
+    }
+    bytes[1] = 0xf;
+    rig.transport.load(postcard::from_bytes(&bytes).unwrap(), 0).unwrap().unwrap();
+}
