@@ -104,6 +104,8 @@ impl Device for Net {
             return Ok(0);
         }
         let frame = self.received.get_mut(..length).ok_or(Broken)?;
+        // No offload was agreed on here either.
+        frame.iter_mut().take(HEADER_BYTES).for_each(|byte| *byte = 0);
         // The number of buffers that a frame takes, at the header's end.
         if let Some(count) = frame.get_mut(HEADER_BYTES - 2..HEADER_BYTES) {
             count.copy_from_slice(&1u16.to_le_bytes());

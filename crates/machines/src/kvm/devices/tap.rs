@@ -36,6 +36,10 @@ impl Tap {
         let header = HEADER_BYTES as libc::c_int;
         // SAFETY: the kernel reads an int, which it is given.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header) })?;
+        // A device that outlives its process keeps what another has set: frames must come without offloads.
+        let none: libc::c_ulong = 0;
+        // SAFETY: the kernel takes a number.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, none) })?;
         Ok(Self { fd: Arc::new(file.into()) })
     }
 
