@@ -162,11 +162,14 @@ impl Devices {
         self.lines.connect(vm);
     }
 
+    /// Does it to all of them, also when it goes wrong with one; the first error is returned.
     fn each(&self, doing: &'static str, mut each: impl FnMut(&Transport) -> io::Result<()>) -> Result<(), KvmError> {
+        let mut result = Ok(());
         for (number, transport) in self.bus.transports.iter().enumerate() {
-            each(transport).map_err(failed(format!("{} (device {number})", transport.name()), doing))?;
+            let done = each(transport).map_err(failed(format!("{} (device {number})", transport.name()), doing));
+            result = result.and(done);
         }
-        Ok(())
+        result
     }
 
     /// Has each stop after the request in hand, without waiting for that: before the vCPUs are stopped, so that one of
