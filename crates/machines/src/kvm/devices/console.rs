@@ -5,7 +5,8 @@
 //! here goes out here, once. When it is full the guest waits.
 //!
 //! What must stay true: bytes leave in the order in which they came, under one lock; no lock is held over a system call
-//! that may take long; input is read only as far as the port takes it.
+//! that may take long (input is read under the port's lock, and only what is there already); input is read only as far as
+//! the port takes it.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -19,7 +20,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::fs::FileType;
 use rustix::io::Errno;
+use rustix::net::RecvFlags;
 
 use super::worker::{Bell, sleep};
 use crate::device_config::SerialTarget;
@@ -44,6 +47,8 @@ enum Peer {
     Absent,
     Stdio {
         input: Input,
+        /// Standard input once more, as one that does not make its reader wait, where that can be had.
+        source: Option<Arc<File>>,
         /// If it is a terminal, that once more, as one that does not make its writer wait.
         terminal: Option<Arc<File>>,
     },
@@ -92,6 +97,36 @@ fn stdout<'a>() -> BorrowedFd<'a> {
 fn stdin<'a>() -> BorrowedFd<'a> {
     // SAFETY: nothing in this process closes its standard input.
     unsafe { BorrowedFd::borrow_raw(libc::STDIN_FILENO) }
+}
+
+/// Standard input once more, as one that does not make its reader wait. Others share the open file itself: it cannot be
+/// told not to wait. A file is not opened again, as its position would be lost; reading it does not wait for anybody.
+fn reopen_stdin() -> Option<File> {
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(stdin()).ok()?.st_mode);
+    let waits = kind == FileType::Fifo || io::stdin().is_terminal();
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let again = || OpenOptions::new().read(true).custom_flags(flags).open("/proc/self/fd/0").ok();
+    waits.then(again).flatten()
+}
+
+/// Reads what standard input has now.
+fn read_stdin(source: Option<&File>, to: &mut [u8]) -> rustix::io::Result<usize> {
+    if let Some(source) = source {
+        return rustix::io::read(source, to);
+    }
+    match rustix::net::recv(stdin(), &mut *to, RecvFlags::DONTWAIT) {
+        Ok((count, _)) => Ok(count),
+        // A reader beside this one may have taken what poll(2) has seen: only where there is more.
+        Err(Errno::NOTSOCK) => {
+            let mut poll = [PollFd::from_borrowed_fd(stdin(), PollFlags::IN)];
+            let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+            if rustix::event::poll(&mut poll, Some(&now))? == 0 {
+                return Err(Errno::AGAIN);
+            }
+            rustix::io::read(stdin(), to)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 #[derive(Debug)]
@@ -226,7 +261,7 @@ pub(super) fn open(target: &SerialTarget) -> io::Result<(Arc<Output>, Outside)> 
             let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
             let again = || OpenOptions::new().write(true).custom_flags(flags).open("/proc/self/fd/1").ok();
             let terminal = io::stdout().is_terminal().then(again).flatten().map(Arc::new);
-            (Peer::Stdio { input: Input::Open, terminal }, None, None)
+            (Peer::Stdio { input: Input::Open, source: reopen_stdin().map(Arc::new), terminal }, None, None)
         }
         SerialTarget::File(path) => {
             let mut options = OpenOptions::new();
@@ -329,6 +364,10 @@ impl Server {
             Peer::File(file) | Peer::Stdio { terminal: Some(file), .. } => Some(file.clone()),
             _ => None,
         };
+        let source = match &state.peer {
+            Peer::Stdio { source, .. } => source.clone(),
+            _ => None,
+        };
         let stdio = matches!(state.peer, Peer::Stdio { .. });
         let reads_stdin = matches!(state.peer, Peer::Stdio { input: Input::Open, .. });
         let is_absent = matches!(state.peer, Peer::Absent);
@@ -342,7 +381,7 @@ impl Server {
         }
         if room == Room::Free && (client.is_some() || reads_stdin) {
             input_at = Some(fds.len());
-            let fd = client.as_deref().map_or_else(stdin, UnixStream::as_fd);
+            let fd = client.as_ref().map(AsFd::as_fd).or(source.as_ref().map(AsFd::as_fd)).unwrap_or_else(stdin);
             fds.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
         }
         let outlet = client.as_ref().map(AsFd::as_fd).or(file.as_ref().map(AsFd::as_fd)).or(stdio.then(stdout));
@@ -369,14 +408,17 @@ impl Server {
     }
 
     fn take_input(&self) {
-        let client = match &self.output.state().peer {
-            Peer::Client(stream) => Some(stream.clone()),
-            Peer::Stdio { .. } => None,
+        let (client, source) = match &self.output.state().peer {
+            Peer::Client(stream) => (Some(stream.clone()), None),
+            Peer::Stdio { source, .. } => (None, source.clone()),
             // The guest's thread has found out meanwhile that the client is gone.
             _ => return,
         };
-        let fd = client.as_deref().map_or_else(stdin, UnixStream::as_fd);
-        let end = match self.sink.take(&mut |to| Ok(rustix::io::read(fd, to)?)) {
+        let mut read = |to: &mut [u8]| match &client {
+            Some(stream) => Ok(rustix::io::read(stream, to)?),
+            None => Ok(read_stdin(source.as_deref(), to)?),
+        };
+        let end = match self.sink.take(&mut read) {
             Some(Ok(count)) => count == 0,
             Some(Err(error)) => !matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted),
             None => false,
