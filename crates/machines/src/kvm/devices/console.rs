@@ -285,7 +285,7 @@ impl Console {
     /// Starts to serve.
     pub(super) fn start(output: Arc<Output>, outside: Outside, sink: Arc<dyn Sink>) -> io::Result<Self> {
         let Outside { listener, path } = outside;
-        let server = Server { output: output.clone(), listener, sink, patience: None };
+        let server = Server { output: output.clone(), listener, sink, patience: None, refused: false };
         let thread = std::thread::Builder::new().name("serial".to_owned()).spawn(move || server.serve())?;
         Ok(Self { output, thread: Some(thread), path })
     }
@@ -310,6 +310,9 @@ struct Server {
     sink: Arc<dyn Sink>,
     /// How long to wait at most the next time.
     patience: Option<Duration>,
+    /// The last client could not be let in, as when there are no more file descriptors; it waits and would wake this
+    /// thread at once again.
+    refused: bool,
 }
 
 /// What came.
@@ -375,7 +378,8 @@ impl Server {
         drop(state);
         let mut fds = vec![PollFd::new(&self.output.bell, PollFlags::IN)];
         let (mut client_at, mut input_at) = (None, None);
-        if let Some(listener) = self.listener.as_ref().filter(|_| is_absent) {
+        let refused = std::mem::take(&mut self.refused);
+        if let Some(listener) = self.listener.as_ref().filter(|_| is_absent && !refused) {
             client_at = Some(fds.len());
             fds.push(PollFd::new(listener, PollFlags::IN));
         }
@@ -390,7 +394,12 @@ impl Server {
         }
         let reads = client.is_some() || reads_stdin;
         let mut timeout = left;
-        for limit in [self.patience, (reads && room == Room::Full).then_some(INPUT_PAUSE)].into_iter().flatten() {
+        let limits = [
+            self.patience,
+            (reads && room == Room::Full).then_some(INPUT_PAUSE),
+            (is_absent && refused).then_some(RETRY_PAUSE),
+        ];
+        for limit in limits.into_iter().flatten() {
             timeout = Some(timeout.map_or(limit, |timeout| timeout.min(limit)));
         }
         sleep(&mut fds, timeout);
@@ -399,11 +408,11 @@ impl Server {
         Events { client: came(client_at), input: came(input_at) }
     }
 
-    fn accept(&self) {
-        if let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept)
-            && stream.set_nonblocking(true).is_ok()
-        {
-            self.output.state().peer = Peer::Client(Arc::new(stream));
+    fn accept(&mut self) {
+        let Some(listener) = &self.listener else { return };
+        match listener.accept().and_then(|(stream, _)| stream.set_nonblocking(true).map(|()| stream)) {
+            Ok(stream) => self.output.state().peer = Peer::Client(Arc::new(stream)),
+            Err(_) => self.refused = true,
         }
     }
 
