@@ -371,6 +371,8 @@ impl KvmMachine {
 
     /// Stops vCPUs and devices; tells whether they ran. Where that fails they go on.
     fn halt(&self) -> Result<bool, KvmError> {
+        // First of all no new requests: a vCPU may have to wait for a device's worker.
+        self.devices.hold();
         let was_running = self.vcpus.pause();
         if let Err(error) = self.devices.pause() {
             if was_running {

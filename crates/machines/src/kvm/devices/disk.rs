@@ -123,7 +123,7 @@ impl Disk {
     }
 
     /// The image, to write to it.
-    fn to_write(&mut self) -> io::Result<&mut FormatAccess<File>> {
+    fn writable(&mut self) -> io::Result<&mut FormatAccess<File>> {
         self.written = true;
         self.image()
     }
@@ -133,7 +133,7 @@ impl Disk {
     }
 
     pub(super) fn write(&mut self, from: &[u8], offset: u64) -> io::Result<()> {
-        self.to_write()?.write(from, offset)
+        self.writable()?.write(from, offset)
     }
 
     /// Has everything on the medium.
@@ -147,7 +147,7 @@ impl Disk {
 
     /// Says that what is there is not needed. Nothing may come of it.
     pub(super) fn discard(&mut self, offset: u64, length: u64) -> io::Result<()> {
-        match self.to_write()?.discard_to_any(offset, length) {
+        match self.writable()?.discard_to_any(offset, length) {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
             other => other,
         }
@@ -155,7 +155,7 @@ impl Disk {
 
     /// Has zeros there, and less room taken where that can be.
     pub(super) fn zero_and_free(&mut self, offset: u64, length: u64) -> io::Result<()> {
-        match self.to_write()?.discard_to_zero(offset, length) {
+        match self.writable()?.discard_to_zero(offset, length) {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => self.zero(offset, length),
             other => other,
         }
@@ -163,6 +163,6 @@ impl Disk {
 
     /// Has zeros there.
     pub(super) fn zero(&mut self, offset: u64, length: u64) -> io::Result<()> {
-        self.to_write()?.write_zeroes(offset, length)
+        self.writable()?.write_zeroes(offset, length)
     }
 }

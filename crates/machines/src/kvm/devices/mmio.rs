@@ -543,7 +543,7 @@ impl Transport {
     /// # Errors
     /// When they would not, or the device has failed: as it is it must not go anywhere.
     pub(super) fn pause(&self) -> io::Result<()> {
-        let paused = self.ask(Device::pause);
+        let paused = self.ask(|device| device.pause());
         match lock(&self.live).failed.clone() {
             Some(said) => Err(io::Error::other(DeviceFailed { said })),
             None => paused,
@@ -555,7 +555,7 @@ impl Transport {
         if lock(&self.live).failed.is_some() {
             return Ok(());
         }
-        self.ask(Device::resume)
+        self.ask(|device| device.resume())
     }
 
     /// The state of the paused device.
@@ -608,7 +608,7 @@ impl Transport {
         self.interrupt_status.store(state.interrupt_status, Ordering::SeqCst);
         *registers = state.registers;
         drop((registers, live));
-        Ok(self.ask(Device::renew))
+        Ok(self.ask(|device| device.renew()))
     }
 }
 

@@ -175,8 +175,6 @@ impl Devices {
     /// Has each stop after the request in hand, without waiting for that: before the vCPUs are stopped, so that one of
     /// these that waits for a busy device has its turn. [`Self::pause`] or [`Self::resume`] must follow; each device looks
     /// at its queues when it is resumed, so no notification is lost.
-    // The machine's pause will call it.
-    #[cfg_attr(not(test), allow(dead_code))]
     pub(super) fn hold(&self) {
         self.workers.iter().for_each(Worker::hold);
     }
