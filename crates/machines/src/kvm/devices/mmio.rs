@@ -464,7 +464,7 @@ impl Transport {
     }
 
     /// Asks the device for something that is no request.
-    fn ask(&self, what: impl FnOnce(&mut dyn Device) -> io::Result<()>) -> io::Result<()> {
+    fn ask(&self, what: impl FnOnce(&mut (dyn Device + 'static)) -> io::Result<()>) -> io::Result<()> {
         let mut live = lock(&self.live);
         let asked = catch_unwind(AssertUnwindSafe(|| what(&mut *live.device)));
         asked.unwrap_or_else(|panic| {

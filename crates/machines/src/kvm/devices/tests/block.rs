@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::device_config::{DiskAccess, DiskConfig, DiskFormat};
 use crate::kvm::devices::block::Block;
-use crate::kvm::devices::disk::Disk;
+use crate::kvm::devices::disk::{Disk, Image};
 
 const VERSION_1: u64 = 1 << 32;
 const FLUSH: u64 = 1 << 9;
@@ -65,10 +65,8 @@ fn contents(config: &DiskConfig, bytes: usize) -> Vec<u8> {
                 }
                 Err(error) => println!("skipped: qemu-img: {error}"),
             }
-            let mut disk = look(&DiskConfig { access: DiskAccess::ReadOnly, ..config.clone() });
-            disk.acquire().unwrap();
             let mut all = vec![0; bytes];
-            disk.read(&mut all, 0).unwrap();
+            Image::open(config).unwrap().read(&mut all, 0).unwrap();
             all
         }
     }
