@@ -5,11 +5,15 @@
 
 mod common;
 
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::MIB;
 use common::kvm::{World, kvm, move_guest};
 use dunlin_machines::Backing;
+
+/// One at a time.
+static TURN: Mutex<()> = Mutex::new(());
 
 fn median<T: PartialOrd + Copy>(mut all: Vec<T>) -> T {
     all.sort_by(|a, b| a.partial_cmp(b).unwrap());
@@ -23,6 +27,7 @@ fn four_vcpus_pause_within_a_millisecond() {
     if !kvm() {
         return;
     }
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     for payload in ["dirty:working-set=4M,rate=20M/s+io+timer", "dirty:working-set=4M+io+timer"] {
         let world = World::new(4, payload);
         let side = world.source(Backing::Base);
@@ -48,6 +53,7 @@ fn idle_guests_stand_still_for_a_moment() {
     if !kvm() {
         return;
     }
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut world = World::new(2, "timer:hz=100");
     world.memory_bytes = 1024 * MIB;
     let (a, b) = (world.source(Backing::Base), world.empty(Backing::Base));
