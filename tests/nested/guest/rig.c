@@ -275,11 +275,19 @@ static void check_kernel_log(void)
     int length = klogctl(3, log, sizeof log - 1);
     if (length < 0)
         fail("kernel log: %s", strerror(errno));
-    for (char *line = strtok(log, "\n"); line; line = strtok(NULL, "\n"))
+    int behind = 0;
+    for (char *line = strtok(log, "\n"); line; line = strtok(NULL, "\n")) {
+        unsigned long before = failures;
         for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
             /* What Linux thinks of any AMD processor with more than one core that does not say otherwise. */
             if (strstr(line, bad[i]) && !strstr(line, "due to TSCs unsynchronized"))
                 fail("kernel log: %s", line);
+        /* What comes behind the first of them tells more. */
+        if (failures > before && behind == 0)
+            behind = 60;
+        else if (behind > 1 && behind--)
+            say("LOG %s\n", line);
+    }
 }
 
 static void stop(void)
