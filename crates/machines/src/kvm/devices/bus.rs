@@ -12,17 +12,10 @@ use serde::{Deserialize, Serialize};
 use super::mmio::{Transport, WINDOW_BYTES};
 use super::serial::SerialPort;
 use crate::gate::Gate;
-use crate::kvm::x86::{Power, Written};
+use crate::kvm::x86::{DEVICES_ADDRESS, Power, RESET_PORT, RESET_VALUE, SERIAL_PORT, Written};
 
-/// The serial port's first register.
-const SERIAL_PORT: u16 = 0x3f8;
-/// The keyboard controller's command register, which resets a PC.
-const RESET_PORT: u16 = 0x64;
-const RESET_COMMAND: u8 = 0xfe;
 /// What is written here ends the machine, as with QEMU's isa-debug-exit.
 const DEBUG_EXIT_PORT: u16 = 0xf4;
-/// Where virtio devices begin.
-pub(super) const DEVICES_START: u64 = 0xd000_0000;
 /// A guest that has to wait for the consumer of its output looks again after this.
 const OUTPUT_PAUSE: Duration = Duration::from_millis(1);
 
@@ -116,13 +109,13 @@ impl Bus {
             let mut value = [0; 4];
             value.iter_mut().zip(data).for_each(|(to, byte)| *to = *byte);
             self.end(Ended::Exit { value: u32::from_le_bytes(value) });
-        } else if port == RESET_PORT && data == [RESET_COMMAND] {
+        } else if port == RESET_PORT && data == [RESET_VALUE] {
             self.end(Ended::Reset);
         }
     }
 
     fn transport(&self, address: u64) -> Option<(&Transport, u64)> {
-        let at = address.checked_sub(DEVICES_START)?;
+        let at = address.checked_sub(DEVICES_ADDRESS)?;
         let transport = self.transports.get(usize::try_from(at / WINDOW_BYTES).ok()?)?;
         Some((transport, at % WINDOW_BYTES))
     }

@@ -46,6 +46,7 @@ use serial::{PortState, SerialPort};
 use worker::Worker;
 
 use super::KvmError;
+use super::x86::{DEVICES_ADDRESS, FIRST_IRQ};
 use super::x86::{Power, VirtioWindow};
 use crate::device_config::{DeviceConfig, DiskConfig};
 use crate::sections::{StateError, find, section};
@@ -57,7 +58,7 @@ const END_SECTION: &str = "end";
 
 const SERIAL_LINE: u32 = 4;
 /// The lines of the virtio devices, one each.
-const LINES: std::ops::RangeInclusive<u32> = 5..=15;
+const LINES: std::ops::RangeInclusive<u32> = FIRST_IRQ..=15;
 
 /// A device as the other side must have it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -151,7 +152,7 @@ impl Devices {
 
     /// Where a guest finds the virtio devices.
     pub(super) fn windows(&self) -> Vec<VirtioWindow> {
-        let addresses = (bus::DEVICES_START..).step_by(mmio::WINDOW_BYTES as usize);
+        let addresses = (DEVICES_ADDRESS..).step_by(mmio::WINDOW_BYTES as usize);
         let windows = self.bus.transports.iter().zip(addresses).zip(LINES);
         let window = |((_, address), irq)| VirtioWindow { address, bytes: mmio::WINDOW_BYTES, irq };
         windows.map(window).collect()

@@ -17,7 +17,7 @@ use super::program::{
     JOB_PACED, JOB_TIMER, PACE_PORT, QUEUE_SIZE, READ_BUFFER, READ_HEADER, READ_STATUS, SECTORS, USED, WRITE_BUFFER,
     WRITE_HEADER, WRITE_STATUS,
 };
-use super::{DISK_ADDRESS, DISK_IRQ, SERIAL_PORT};
+use super::{DEVICES_ADDRESS, FIRST_IRQ, SERIAL_PORT};
 
 /// Vectors of the interrupts that the guest takes.
 pub(super) const INTERVAL_VECTOR: u8 = 0x20;
@@ -315,8 +315,8 @@ std::arch::global_asm!(
     PACED = const JOB_PACED,
     PACE = const PACE_PORT,
     SERIAL = const SERIAL_PORT,
-    DISK = const DISK_ADDRESS,
-    DISK_IRQ = const DISK_IRQ,
+    DISK = const DEVICES_ADDRESS,
+    DISK_IRQ = const FIRST_IRQ,
     DISTANCE = const DISTANCE,
     QUEUE_SIZE = const QUEUE_SIZE,
     DESCRIPTORS = const DESCRIPTORS,

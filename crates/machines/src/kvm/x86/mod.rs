@@ -18,7 +18,7 @@ pub use linux::{BootError, Kernel};
 pub(super) use acpi::VirtioWindow;
 pub(super) use boot::{boot, boot_linux, progress};
 pub(super) use linux::{Entry, Map, load as load_kernel};
-pub(super) use power::{Power, Written};
+pub(super) use power::{Power, RESET_PORT, RESET_VALUE, Written};
 pub(super) use program::{LOW_BYTES, PACE_PORT, Program, Progress, SECTOR_BYTES, STORES, noted, visit};
 pub(super) use state::{CHIPS, Host, VcpuState, VmState, load_vcpu, load_vm, save_vcpu, save_vm, set_cpuid};
 pub(super) use time::load as load_time;
@@ -31,8 +31,8 @@ use super::{KvmError, kvm};
 /// The serial port, as on every PC.
 pub(super) const SERIAL_PORT: u16 = 0x3f8;
 /// Where the first virtio device is, in the hole below 4 GiB, and its interrupt.
-pub(super) const DISK_ADDRESS: u64 = 0xd000_0000;
-pub(super) const DISK_IRQ: u32 = 5;
+pub(super) const DEVICES_ADDRESS: u64 = 0xd000_0000;
+pub(super) const FIRST_IRQ: u32 = 5;
 
 /// Three pages that KVM needs on some processors, in the hole below 4 GiB.
 const TSS_ADDRESS: usize = 0xfffb_d000;

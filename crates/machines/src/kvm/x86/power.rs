@@ -16,8 +16,8 @@ pub(super) const IRQ: u16 = 9;
 /// What a guest writes as the kind of sleep to switch off.
 pub(super) const SLEEP_OFF: u8 = 5;
 /// The keyboard controller's port, and what resets a guest that writes it there.
-pub(super) const RESET_PORT: u16 = 0x64;
-pub(super) const RESET_VALUE: u8 = 0xfe;
+pub(in crate::kvm) const RESET_PORT: u16 = 0x64;
+pub(in crate::kvm) const RESET_VALUE: u8 = 0xfe;
 
 /// All ports.
 const FIRST: u16 = EVENT_PORT;
