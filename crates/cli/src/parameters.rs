@@ -33,7 +33,7 @@ fn list() -> Value {
             "maximum": info.maximum,
             "side": info.applies.to_string(),
             "live": is_live(info),
-            "conflicts": info.conflicts,
+            "conflicts": info.conflicts().map(|conflict| json!({"parties": conflict.parties, "why": conflict.why})).collect::<Vec<_>>(),
             "help": info.help,
         })
     });
@@ -44,10 +44,6 @@ fn listing() -> String {
     let rows: Vec<Vec<String>> = PARAMETERS
         .iter()
         .map(|info| {
-            let mut help = info.help.to_owned();
-            if !info.conflicts.is_empty() {
-                help.push_str(&format!(" Not together with {}.", info.conflicts.join(", ")));
-            }
             vec![
                 info.name.to_owned(),
                 info.type_name().to_owned(),
@@ -56,7 +52,7 @@ fn listing() -> String {
                 info.range(),
                 info.applies.to_string(),
                 if is_live(info) { "yes" } else { "no" }.to_owned(),
-                help,
+                info.help.to_owned(),
             ]
         })
         .collect();

@@ -16,10 +16,14 @@ pub fn report(report: &Report) -> String {
     line("total", format!("{}, of it {} of setup", seconds(report.total_seconds), seconds(report.setup_seconds)));
     line("downtime", downtime(report));
     if let Some(parts) = report.downtime_parts {
+        let waited = match parts.wait_seconds {
+            some if some >= 1e-3 => format!(" + waiting to be continued {}", seconds(some)),
+            _ => String::new(),
+        };
         line(
             "",
             format!(
-                "= pause {} + RAM {} + device state {} + load {} + handover {}",
+                "= pause {}{waited} + RAM {} + device state {} + load {} + handover {}",
                 seconds(parts.pause_seconds),
                 seconds(parts.ram_seconds),
                 seconds(parts.device_state_seconds),
@@ -68,6 +72,7 @@ fn headline(report: &Report) -> String {
         Status::None => "none was started",
         Status::Setup => "setting up",
         Status::Active => "under way",
+        Status::PreSwitchover => "waiting for migrate-continue before the switchover",
         Status::Device => "switching over",
         Status::Completed => "completed",
         Status::Failed => "failed",

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::machine::MachineError;
 use crate::memory::{MemoryError, TrackerError};
 use crate::parameters::ParameterError;
+use crate::report::Status;
 use crate::wire::WireError;
 
 /// One end of a migration.
@@ -301,6 +302,14 @@ pub enum GuestError {
     /// A decision was given though nothing is undecided.
     #[error("nothing is undecided here: the guest is {0}")]
     NothingToDecide(GuestPlace),
+    /// A migration is to be continued that does not wait.
+    #[error("the migration does not wait in {expected}: it is {actual}")]
+    NotWaiting {
+        /// Where it was taken to wait.
+        expected: Status,
+        /// Where it stands.
+        actual: Status,
+    },
     /// A migration is running already.
     #[error("a migration of this guest is running already")]
     Busy,

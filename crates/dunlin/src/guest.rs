@@ -4,12 +4,14 @@
 //! migration. What must stay true: `Machine::resume` is called only here, and only while this side owns the guest.
 
 use std::fmt;
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 
 use crate::error::{GuestError, GuestPlace, MachineStep, Side};
 use crate::machine::Machine;
+use crate::report::Status;
 
 /// Who may run the guest, seen from this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -27,6 +29,28 @@ pub enum Ownership {
     Awaited,
 }
 
+/// Something that happened to a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GuestEvent {
+    /// Its vCPUs were stopped here.
+    Stopped,
+    /// Its vCPUs were started here.
+    Resumed,
+    /// A migration of it has come to this status.
+    Migration {
+        /// Whether it is leaving or coming.
+        side: Side,
+        /// The status.
+        status: Status,
+    },
+    /// A pass over its dirty RAM begins.
+    Pass {
+        /// Counted from 1.
+        number: u32,
+    },
+}
+
 #[derive(Debug)]
 struct State {
     ownership: Ownership,
@@ -41,6 +65,7 @@ struct State {
 pub struct Guest {
     machine: Arc<dyn Machine>,
     state: Mutex<State>,
+    watchers: Mutex<Vec<Sender<GuestEvent>>>,
 }
 
 impl fmt::Debug for Guest {
@@ -64,11 +89,26 @@ impl Guest {
         Arc::new(Self {
             machine,
             state: Mutex::new(State { ownership, running: false, runs_there: false, migrating: false }),
+            watchers: Mutex::default(),
         })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What happens to the guest from here on, in order, for as long as the receiver is kept. What nobody receives is
+    /// kept in memory.
+    pub fn events(&self) -> Receiver<GuestEvent> {
+        let (watcher, events) = mpsc::channel();
+        self.watchers.lock().unwrap_or_else(PoisonError::into_inner).push(watcher);
+        events
+    }
+
+    /// Tells who watches. The caller holds the lock of what has changed, so that the order is right.
+    pub(crate) fn tell(&self, event: GuestEvent) {
+        let mut watchers = self.watchers.lock().unwrap_or_else(PoisonError::into_inner);
+        watchers.retain(|watcher| watcher.send(event).is_ok());
     }
 
     /// The machine itself.
@@ -135,6 +175,7 @@ impl Guest {
         if !state.running {
             self.machine.resume().map_err(|source| GuestError::Machine { step: MachineStep::Resume, source })?;
             state.running = true;
+            self.tell(GuestEvent::Resumed);
         }
         Ok(())
     }
@@ -143,6 +184,7 @@ impl Guest {
         if state.running {
             self.machine.pause().map_err(|source| GuestError::Machine { step: MachineStep::Pause, source })?;
             state.running = false;
+            self.tell(GuestEvent::Stopped);
         }
         Ok(())
     }

@@ -34,7 +34,7 @@ mod wire;
 pub use channel::{Uri, UriError};
 pub use destination::Destination;
 pub use error::{Cause, GuestError, GuestPlace, MigrationError, Side};
-pub use guest::{Guest, Ownership};
+pub use guest::{Guest, GuestEvent, Ownership};
 pub use machine::{Machine, MachineError, Need, StateSection};
 pub use parameters::{PARAMETERS, Parameters};
 pub use report::{Report, Status};

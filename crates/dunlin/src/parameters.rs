@@ -18,6 +18,8 @@ pub enum Unit {
     Bytes,
     /// Milliseconds.
     Milliseconds,
+    /// Hundredths.
+    Percent,
     /// A plain count.
     Count,
     /// Off or on.
@@ -33,6 +35,7 @@ impl Unit {
             Self::BytesPerSecond => "bytes/s",
             Self::Bytes => "bytes",
             Self::Milliseconds => "ms",
+            Self::Percent => "percent",
             Self::Count => "count",
             Self::Switch | Self::Choice(_) => "",
         }
@@ -86,8 +89,6 @@ pub struct ParameterInfo {
     pub applies: Applies,
     /// Whether it may change while a migration runs.
     pub changes: Changes,
-    /// Names of parameters it cannot be combined with.
-    pub conflicts: &'static [&'static str],
     /// What it does.
     pub help: &'static str,
     get: fn(&Parameters) -> i64,
@@ -141,7 +142,38 @@ pub enum ParameterError {
         /// The parameter.
         name: &'static str,
     },
+    /// Two parameters do not go together.
+    #[error("{first}={first_value} and {second}={second_value} do not go together: {why}")]
+    Conflict {
+        /// One party.
+        first: &'static str,
+        /// As it would be.
+        first_value: String,
+        /// The other.
+        second: &'static str,
+        /// As it would be.
+        second_value: String,
+        /// The reason.
+        why: &'static str,
+    },
 }
+
+/// Two parameters of which some values do not go together.
+#[derive(Debug)]
+pub struct Conflict {
+    /// Their names.
+    pub parties: [&'static str; 2],
+    /// The reason, in a sentence.
+    pub why: &'static str,
+    clash: fn(&Parameters) -> bool,
+}
+
+/// Every rule on what does not go together. They are checked as a whole, on the values as they would be.
+pub static CONFLICTS: &[Conflict] = &[Conflict {
+    parties: ["cpu-throttle-initial", "max-cpu-throttle"],
+    why: "a vCPU cannot be throttled by at least the one and at most the other",
+    clash: |parameters| parameters.cpu_throttle_initial > parameters.max_cpu_throttle,
+}];
 
 /// How a field of the struct is made from the table's number and back.
 trait Field {
@@ -269,7 +301,7 @@ impl fmt::Display for Value {
 
 macro_rules! parameters {
     ($($field:ident: $type:ty = $name:literal, $unit:expr, $default:literal, $range:expr, $applies:ident,
-       $changes:ident, conflicts $conflicts:expr, $help:literal;)*) => {
+       $changes:ident, $help:literal;)*) => {
         /// The parameters of a migration. A migration takes a copy when it starts.
         #[derive(Debug, Clone, PartialEq, Eq)]
         pub struct Parameters {
@@ -291,7 +323,6 @@ macro_rules! parameters {
             maximum: *$range.end(),
             applies: Applies::$applies,
             changes: Changes::$changes,
-            conflicts: &$conflicts,
             help: $help,
             get: |parameters| parameters.$field.number(),
             set: |parameters, number| parameters.$field = <$type as Field>::from_number(number),
@@ -300,31 +331,51 @@ macro_rules! parameters {
 }
 
 parameters! {
-    max_bandwidth: u64 = "max-bandwidth", Unit::BytesPerSecond, 0, 0..=i64::MAX, Source, Live, conflicts [],
+    max_bandwidth: u64 = "max-bandwidth", Unit::BytesPerSecond, 0, 0..=i64::MAX, Source, Live,
         "The most bytes a second that all channels together may carry; 0 is unlimited.";
-    downtime_limit: Duration = "downtime-limit", Unit::Milliseconds, 300, 0..=2_000_000, Source, Live, conflicts [],
+    avail_switchover_bandwidth: u64 = "avail-switchover-bandwidth", Unit::BytesPerSecond, 0, 0..=i64::MAX, Source, Live,
+        "What the link will carry while the guest is stopped, for the prediction of the downtime; 0 takes what is measured.";
+    downtime_limit: Duration = "downtime-limit", Unit::Milliseconds, 300, 0..=2_000_000, Source, Live,
         "A ceiling: the guest is not stopped while its downtime is predicted to be longer.";
-    multifd_channels: u8 = "multifd-channels", Unit::Count, 2, 1..=255, Source, AtStart, conflicts [],
+    multifd: Switch = "multifd", Unit::Switch, 1, 0..=1, Source, AtStart,
+        "Whether pages travel on as many data channels as multifd-channels says; off: on one.";
+    multifd_channels: u8 = "multifd-channels", Unit::Count, 2, 1..=255, Source, AtStart,
         "Data channels beside the control channel, on transports that have several connections.";
     multifd_compression: MultifdCompression = "multifd-compression", Unit::Choice(COMPRESSIONS), 0, 0..=2,
-        Source, AtStart, conflicts [],
+        Source, AtStart,
         "What pages are compressed with, where that is quicker than sending them as they are.";
-    multifd_zstd_level: i32 = "multifd-zstd-level", Unit::Count, 1, -131_072..=22, Source, AtStart, conflicts [],
+    multifd_zstd_level: i32 = "multifd-zstd-level", Unit::Count, 1, -131_072..=22, Source, AtStart,
         "Level of zstd: the higher the shorter and slower; negative ones are the quickest.";
-    xbzrle: Switch = "xbzrle", Unit::Switch, 0, 0..=1, Source, AtStart, conflicts [],
+    xbzrle: Switch = "xbzrle", Unit::Switch, 0, 0..=1, Source, AtStart,
         "Whether pages sent again travel as what has changed in them.";
     xbzrle_cache_size: u64 = "xbzrle-cache-size", Unit::Bytes, 67_108_864, 32_768..=i64::MAX, Source, AtStart,
-        conflicts [],
         "Memory for the versions last sent, that of all channels together.";
-    integrity: Integrity = "integrity", Unit::Choice(INTEGRITIES), 1, 0..=1, Source, AtStart, conflicts [],
+    integrity: Integrity = "integrity", Unit::Choice(INTEGRITIES), 1, 0..=1, Source, AtStart,
         "What RAM is checked with from end to end.";
-    zero_copy_send: Switch = "zero-copy-send", Unit::Switch, 0, 0..=1, Source, AtStart, conflicts [],
+    zero_copy_send: Switch = "zero-copy-send", Unit::Switch, 0, 0..=1, Source, AtStart,
         "Whether pages that are neither checked, compressed nor kept for deltas go from the guest's file to the socket.";
+    auto_converge: Switch = "auto-converge", Unit::Switch, 0, 0..=1, Source, Live,
+        "Whether vCPUs that dirty RAM faster than it can be sent are slowed down, by as much as it takes.";
+    throttle_trigger_threshold: u8 = "throttle-trigger-threshold", Unit::Percent, 50, 1..=100, Source, Live,
+        "auto-converge slows vCPUs down when more than this part of what a round sent is dirty again, and to this part.";
+    cpu_throttle_initial: u8 = "cpu-throttle-initial", Unit::Percent, 1, 1..=99, Source, Live,
+        "The least that auto-converge takes of a vCPU's time once it takes any.";
+    cpu_throttle_increment: u8 = "cpu-throttle-increment", Unit::Percent, 99, 1..=99, Source, Live,
+        "By how much of a vCPU's time auto-converge raises what it takes in one round, at most.";
+    max_cpu_throttle: u8 = "max-cpu-throttle", Unit::Percent, 99, 1..=99, Source, Live,
+        "The most that auto-converge takes of a vCPU's time.";
+    pause_before_switchover: Switch = "pause-before-switchover", Unit::Switch, 0, 0..=1, Source, Live,
+        "Whether a migration waits in pre-switchover, with the guest paused, until migrate-continue.";
     handover_timeout: Duration = "handover-timeout", Unit::Milliseconds, 30_000, 0..=86_400_000, Both, Live,
-        conflicts [],
         "How long to reconnect after the link was lost with the guest released and not yet heard of.";
-    link_timeout: Duration = "link-timeout", Unit::Milliseconds, 10_000, 500..=3_600_000, Both, AtStart, conflicts [],
+    link_timeout: Duration = "link-timeout", Unit::Milliseconds, 10_000, 500..=3_600_000, Both, AtStart,
         "A link on which nothing is heard for this long is taken for lost.";
+    events: Switch = "events", Unit::Switch, 0, 0..=1, Both, Live,
+        "Whether QMP's clients are sent MIGRATION and MIGRATION_PASS events.";
+    return_path: Switch = "return-path", Unit::Switch, 1, 0..=1, Both, AtStart,
+        "For QEMU's clients, which set it: the destination always answers, whatever this says.";
+    late_block_activate: Switch = "late-block-activate", Unit::Switch, 1, 0..=1, Both, AtStart,
+        "For QEMU's clients, which set it: the disks are always the guest's owner's alone, whatever this says.";
 }
 
 impl ParameterInfo {
@@ -344,10 +395,32 @@ impl ParameterInfo {
         match self.unit {
             Unit::BytesPerSecond | Unit::Bytes => "size",
             Unit::Milliseconds => "duration",
-            Unit::Count => "integer",
+            Unit::Count | Unit::Percent => "integer",
             Unit::Switch => "bool",
             Unit::Choice(_) => "enum",
         }
+    }
+
+    /// Whether QEMU's clients know it as a capability: the booleans are.
+    pub fn is_capability(&self) -> bool {
+        self.unit == Unit::Switch
+    }
+
+    /// `number` for people, with its unit; [`parse`](Self::parse) takes it back.
+    pub fn text(&self, number: i64) -> String {
+        let positive = u64::try_from(number).unwrap_or(0);
+        match self.unit {
+            Unit::BytesPerSecond => format!("{}/s", units::exact_size(positive)),
+            Unit::Bytes => units::exact_size(positive),
+            Unit::Milliseconds => format!("{number}ms"),
+            Unit::Percent => format!("{number}%"),
+            Unit::Count | Unit::Switch | Unit::Choice(_) => self.value(number).to_string(),
+        }
+    }
+
+    /// The rules that this parameter is a party of.
+    pub fn conflicts(&self) -> impl Iterator<Item = &'static Conflict> + use<'_> {
+        CONFLICTS.iter().filter(|conflict| conflict.parties.contains(&self.name))
     }
 
     /// What `number` stands for.
@@ -385,6 +458,10 @@ impl ParameterInfo {
                 units::parse_duration(text, Duration::from_millis(1)).map(|duration| duration.number())
             }
             Unit::Count => text.trim().parse().map_err(|_| wanted("a whole number")),
+            Unit::Percent => {
+                let number = text.trim().strip_suffix('%').unwrap_or(text).trim();
+                number.parse().map_err(|_| wanted("a whole number of percent"))
+            }
             Unit::Switch => match text.trim() {
                 "on" | "true" => Ok(1),
                 "off" | "false" => Ok(0),
@@ -410,7 +487,7 @@ impl Parameters {
         (info.get)(self)
     }
 
-    /// Sets a parameter by name to a number of its unit.
+    /// Sets a parameter by name to a number of its unit. Whether it goes with the others, [`check`](Self::check) tells.
     ///
     /// # Errors
     /// Unknown, or out of range.
@@ -436,6 +513,45 @@ impl Parameters {
     pub fn set_text(&mut self, name: &str, text: &str) -> Result<(), ParameterError> {
         let number = ParameterInfo::find(name)?.parse(text)?;
         self.set(name, number)
+    }
+
+    /// Sets several parameters by name, to numbers of their units: all of them or, when one is refused, none.
+    ///
+    /// # Errors
+    /// Unknown, out of range, or in conflict with another.
+    pub fn set_all<'a>(&mut self, numbers: impl IntoIterator<Item = (&'a str, i64)>) -> Result<(), ParameterError> {
+        let mut wanted = self.clone();
+        for (name, number) in numbers {
+            wanted.set(name, number)?;
+        }
+        wanted.check()?;
+        *self = wanted;
+        Ok(())
+    }
+
+    /// Checks that all values go together.
+    ///
+    /// # Errors
+    /// [`ParameterError::Conflict`].
+    pub fn check(&self) -> Result<(), ParameterError> {
+        let Some(conflict) = CONFLICTS.iter().find(|conflict| (conflict.clash)(self)) else { return Ok(()) };
+        let [first, second] = conflict.parties.map(ParameterInfo::find);
+        let (first, second) = (first?, second?);
+        Err(ParameterError::Conflict {
+            first: first.name,
+            first_value: first.text(self.get(first)),
+            second: second.name,
+            second_value: second.text(self.get(second)),
+            why: conflict.why,
+        })
+    }
+
+    /// Data channels on a transport that can have several connections.
+    pub(crate) fn data_channels(&self) -> u8 {
+        match self.multifd {
+            Switch::On => self.multifd_channels,
+            Switch::Off => 1,
+        }
     }
 
     /// Takes over what `wanted` changes, if all of it may change while a migration runs.
@@ -464,15 +580,34 @@ mod tests {
             assert!(names.insert(info.name), "{} twice", info.name);
             assert!((info.minimum..=info.maximum).contains(&info.default), "{}", info.name);
             assert_eq!(Parameters::default().get(info), info.default, "{}", info.name);
-            for other in info.conflicts {
-                assert!(ParameterInfo::find(other).is_ok(), "{} conflicts with nothing", info.name);
-            }
             for edge in [info.minimum, info.maximum] {
                 let mut parameters = Parameters::default();
                 parameters.set(info.name, edge).unwrap();
                 assert_eq!(parameters.get(info), edge, "{} at its edge", info.name);
             }
+            for number in [info.minimum, info.default, info.maximum] {
+                let text = info.text(number);
+                assert_eq!(info.parse(&text), Ok(number), "{} as it is printed: {text}", info.name);
+            }
         }
+        for conflict in CONFLICTS {
+            assert!(conflict.parties.iter().all(|name| ParameterInfo::find(name).is_ok()), "{conflict:?}");
+        }
+        assert_eq!(Parameters::default().check(), Ok(()));
+    }
+
+    /// On the values as they would be, whatever the order, and all or nothing.
+    #[test]
+    fn conflicts_are_checked_as_a_whole() {
+        let mut parameters = Parameters::default();
+        let [initial, max] = ["cpu-throttle-initial", "max-cpu-throttle"];
+        let error = parameters.set_all([("max-bandwidth", 7), (initial, 60), (max, 50)]).unwrap_err().to_string();
+        assert!(error.starts_with("cpu-throttle-initial=60% and max-cpu-throttle=50% do not go together: "), "{error}");
+        assert_eq!(parameters, Parameters::default());
+        parameters.set_all([(initial, 60), (max, 70)]).unwrap();
+        assert!(parameters.set_all([(max, 50)]).is_err());
+        parameters.set_all([(max, 50), (initial, 40)]).unwrap();
+        assert_eq!((parameters.cpu_throttle_initial, parameters.max_cpu_throttle), (40, 50));
     }
 
     #[test]

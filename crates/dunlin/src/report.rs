@@ -24,6 +24,8 @@ pub enum Status {
     Setup,
     /// RAM travels while the guest runs.
     Active,
+    /// The guest is paused, and the migration waits to be continued, as `pause-before-switchover` asks.
+    PreSwitchover,
     /// The guest is paused; the last pages, the device state and the handover.
     Device,
     /// The guest is at the destination.
@@ -49,6 +51,7 @@ impl fmt::Display for Status {
             Self::None => "none",
             Self::Setup => "setup",
             Self::Active => "active",
+            Self::PreSwitchover => "pre-switchover",
             Self::Device => "device",
             Self::Completed => "completed",
             Self::Failed => "failed",
@@ -154,6 +157,9 @@ impl Report {
 pub struct DowntimeParts {
     /// Stopping the vCPUs.
     pub pause_seconds: f64,
+    /// Waiting to be continued, where `pause-before-switchover` asks for it.
+    #[serde(default)]
+    pub wait_seconds: f64,
     /// Finding and sending the last dirty pages.
     pub ram_seconds: f64,
     /// Reading and sending the device state.

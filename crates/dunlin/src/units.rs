@@ -94,6 +94,13 @@ pub fn format_size(bytes: u64) -> String {
     if unit == "B" { format!("{bytes} B") } else { format!("{value:.2} {unit}") }
 }
 
+/// A size to be read again, without loss: `64M`, `1G`, `1000`.
+pub fn exact_size(bytes: u64) -> String {
+    let scales = [("T", 40), ("G", 30), ("M", 20), ("K", 10)];
+    let exact = scales.into_iter().find(|(_, shift)| bytes > 0 && bytes.trailing_zeros() >= *shift);
+    exact.map_or_else(|| bytes.to_string(), |(letter, shift)| format!("{}{letter}", bytes >> shift))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,5 +141,11 @@ mod tests {
         assert_eq!(format_size(1023), "1023 B");
         assert_eq!(format_size(1536), "1.50 KiB");
         assert_eq!(format_size(5 << 40), "5.00 TiB");
+        for (bytes, text) in
+            [(0, "0"), (1000, "1000"), (3 << 20, "3M"), (1 << 50, "1024T"), (u64::MAX, "18446744073709551615")]
+        {
+            assert_eq!(exact_size(bytes), text);
+            assert_eq!(parse_size(text), Ok(bytes));
+        }
     }
 }

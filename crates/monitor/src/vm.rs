@@ -228,11 +228,8 @@ impl Vm {
             let state = self.state();
             (state.parameters.clone(), state.in_force.clone(), state.latest.clone())
         };
-        let mut changed = Vec::new();
-        for (name, number) in numbers {
-            wanted.set(name, number)?;
-            changed.push((name, number));
-        }
+        let changed: Vec<(&str, i64)> = numbers.into_iter().collect();
+        wanted.set_all(changed.iter().copied())?;
         match latest {
             Latest::Outgoing(source) if !self.is_over(source.report().status) => {
                 apply(&mut in_force, &changed, Applies::Destination)?;

@@ -22,7 +22,7 @@ use std::time::Instant;
 
 use crate::channel::{Connection, Listener, Uri};
 use crate::error::{Cause, GuestError, MigrationError, Phase, Side};
-use crate::guest::Guest;
+use crate::guest::{Guest, GuestEvent};
 use crate::handover::DestinationState;
 use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
 use crate::parameters::{ParameterError, Parameters};
@@ -96,9 +96,16 @@ impl Shared {
         report.refused_connections.latest = Some(format!("{peer}: {reason}"));
     }
 
+    /// The one place where the status changes, so that who watches hears of it.
+    fn change_status(&self, report: &mut Report, status: Status) {
+        if std::mem::replace(&mut report.status, status) != status {
+            self.guest.tell(GuestEvent::Migration { side: Side::Destination, status });
+        }
+    }
+
     fn set_status(&self, phase: Phase, status: Status) {
         *lock(&self.phase) = phase;
-        lock(&self.report).status = status;
+        self.change_status(&mut lock(&self.report), status);
         self.changed.notify_all();
     }
 
@@ -182,6 +189,7 @@ impl Destination {
             stop: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         });
+        guest.tell(GuestEvent::Migration { side: Side::Destination, status: Status::Setup });
         let accepting = shared.clone();
         let acceptor = spawn("destination acceptor", move || acceptor::run(&accepting, listener))?;
         Ok(Self { shared, acceptor: Some(acceptor) })

@@ -127,7 +127,6 @@ impl<'a> Session<'a> {
         lock(&self.shared.channels).clear();
         let mut report = lock(&self.shared.report);
         let fresh = crate::report::Report::new(Side::Destination, report.guest);
-        report.status = Status::Active;
         report.session = Some(self.id.to_string());
         report.rounds.clear();
         report.error = None;
@@ -139,6 +138,7 @@ impl<'a> Session<'a> {
         report.dirty_bytes_per_second = 0;
         report.cpu_seconds = fresh.cpu_seconds;
         report.ram.remaining_bytes = report.ram.total_bytes;
+        self.shared.change_status(&mut report, Status::Active);
     }
 
     fn welcome(&mut self, control: Connection) -> Result<(), Cause> {
@@ -465,7 +465,7 @@ impl<'a> Session<'a> {
                 let mut report = lock(&self.shared.report);
                 report.total_seconds = lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
                 report.error = None;
-                report.status = Status::Completed;
+                self.shared.change_status(&mut report, Status::Completed);
                 self.shared.changed.notify_all();
             }
             DestinationState::Loading | DestinationState::Starting => {}
@@ -539,7 +539,7 @@ impl<'a> Session<'a> {
         let mut report = lock(&self.shared.report);
         report.total_seconds = lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
         report.error = Some((&error).into());
-        report.status = status;
+        self.shared.change_status(&mut report, status);
         self.shared.changed.notify_all();
         outcome
     }

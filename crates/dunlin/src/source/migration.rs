@@ -14,6 +14,7 @@ use super::workers::Workers;
 use super::{Event, Shared, switchover};
 use crate::channel::Connections;
 use crate::error::{Cause, MachineStep, Phase};
+use crate::guest::GuestEvent;
 use crate::link::{contain, lock};
 use crate::report::{PageCounts, Round, Status};
 use crate::units::format_size;
@@ -109,9 +110,10 @@ impl Migration<'_> {
     /// Rounds until the switchover is decided; the number of the last one.
     fn precopy(&mut self) -> Result<u32, Cause> {
         lock(&self.shared.report).setup_seconds = self.shared.began.elapsed().as_secs_f64();
-        self.shared.set_phase(Phase::Precopy, Status::Active);
         for number in 1.. {
             let began = Instant::now();
+            self.shared.guest.tell(GuestEvent::Pass { number });
+            self.shared.set_phase(Phase::Precopy, Status::Active);
             let marked = self.send_round(number)?;
             self.await_placed(number)?;
             // Nothing was queued behind the last mark, so its answer took a round trip and what was queued before.
@@ -135,7 +137,7 @@ impl Migration<'_> {
         while let Ok(event) = self.incoming.recv_timeout(until.saturating_duration_since(Instant::now())) {
             match self.shared.sorted(event, &self.control)? {
                 Event::Message(message, _place) => self.during_round(message, number)?,
-                Event::Worker(_) | Event::Lost(_) | Event::Cancel => {}
+                Event::Worker(_) | Event::Lost(_) | Event::Cancel | Event::Continue => {}
             }
         }
         Ok(())
@@ -159,7 +161,7 @@ impl Migration<'_> {
                     break;
                 }
                 Event::Message(message, _place) => self.during_round(message, number)?,
-                Event::Lost(_) | Event::Cancel => {}
+                Event::Lost(_) | Event::Cancel | Event::Continue => {}
             }
         }
         match failed {
@@ -176,7 +178,7 @@ impl Migration<'_> {
                 Event::Message(Message::Abort(abort), _) => return setup::aborted(&abort),
                 Event::Cancel => return Cause::Cancelled,
                 Event::Lost(_) => return cause,
-                Event::Message(..) | Event::Worker(_) => {}
+                Event::Message(..) | Event::Worker(_) | Event::Continue => {}
             }
         }
         cause

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use crate::channel::{Connection, Uri};
 use crate::error::{Cause, GuestError, MigrationError, Phase, Side};
-use crate::guest::{Guest, Resume};
+use crate::guest::{Guest, GuestEvent, Resume};
 use crate::handover::SourceState;
 use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
 use crate::parameters::{ParameterError, Parameters};
@@ -45,6 +45,8 @@ enum Event {
     Lost(Cause),
     /// Somebody asked for an end.
     Cancel,
+    /// Somebody has the migration go on from pre-switchover.
+    Continue,
 }
 
 /// The handover as it stands, and what its actions need.
@@ -91,7 +93,14 @@ impl Shared {
         *lock(&self.phase) = phase;
         let mut report = lock(&self.report);
         if report.status != Status::Cancelling {
-            report.status = status;
+            self.set_status(&mut report, status);
+        }
+    }
+
+    /// The one place where the status changes, so that who watches hears of it.
+    fn set_status(&self, report: &mut Report, status: Status) {
+        if std::mem::replace(&mut report.status, status) != status {
+            self.guest.tell(GuestEvent::Migration { side: Side::Source, status });
         }
     }
 
@@ -109,9 +118,12 @@ impl Shared {
 
     /// The next message of the destination; everything else is an error.
     fn next_message(&self, incoming: &Receiver<Event>, control: &Control) -> Result<Message, Cause> {
-        match self.next_event(incoming, control)? {
-            Event::Message(message, _) => Ok(message),
-            _ => Err(Cause::Unexpected { message: "a worker's answer", expected: "a message" }),
+        loop {
+            match self.next_event(incoming, control)? {
+                Event::Message(message, _) => return Ok(message),
+                Event::Continue => {}
+                _ => return Err(Cause::Unexpected { message: "a worker's answer", expected: "a message" }),
+            }
         }
     }
 
@@ -169,7 +181,7 @@ impl Shared {
             report.not_converging = None;
         }
         report.error = result.err().map(|cause| (&self.error(phase, cause)).into());
-        report.status = status;
+        self.set_status(&mut report, status);
         drop(report);
         lock(&self.common).take();
         self.ended.notify_all();
@@ -226,6 +238,7 @@ impl Source {
         let (sender, incoming) = mpsc::channel();
         let mut report = Report::new(Side::Source, guest.place(Side::Source));
         report.status = Status::Setup;
+        guest.tell(GuestEvent::Migration { side: Side::Source, status: Status::Setup });
         report.ram.total_bytes = guest.machine().ram().total_bytes();
         report.ram.remaining_bytes = report.ram.total_bytes;
         let shared = Arc::new(Shared {
@@ -284,7 +297,7 @@ impl Source {
             if report.status.is_final() {
                 return Ok(());
             }
-            report.status = Status::Cancelling;
+            shared.set_status(&mut report, Status::Cancelling);
         }
         shared.stop.store(true, Ordering::Release);
         if let Some(connection) = &*lock(&shared.greeting) {
@@ -292,6 +305,23 @@ impl Source {
         }
         if let Some(events) = &*lock(&shared.events) {
             let _ = events.send(Event::Cancel);
+        }
+        Ok(())
+    }
+
+    /// Has a migration go on that waits in `waiting_in`; it may only be [`Status::PreSwitchover`].
+    ///
+    /// # Errors
+    /// When it does not wait there.
+    pub fn resume_switchover(&self, waiting_in: Status) -> Result<(), MigrationError> {
+        let shared = &self.shared;
+        let actual = lock(&shared.report).status;
+        if waiting_in != actual || actual != Status::PreSwitchover {
+            let error = GuestError::NotWaiting { expected: waiting_in, actual };
+            return Err(shared.error(*lock(&shared.phase), error.into()));
+        }
+        if let Some(events) = &*lock(&shared.events) {
+            let _ = events.send(Event::Continue);
         }
         Ok(())
     }
@@ -336,7 +366,7 @@ impl Source {
             let mut report = lock(&shared.report);
             let undecided = released && report.status.is_final();
             if undecided {
-                report.status = Status::Device;
+                shared.set_status(&mut report, Status::Device);
                 report.error = None;
             }
             undecided

@@ -131,7 +131,7 @@ pub(super) fn agree(
 ) -> Result<(Control, Vec<DataChannel>), Cause> {
     let wanted = match shared.uri.connections() {
         Connections::Single => 0,
-        Connections::Many => lock(&shared.parameters).multifd_channels,
+        Connections::Many => lock(&shared.parameters).data_channels(),
     };
     let timeout = lock(&shared.parameters).link_timeout;
     let role = if wanted == 0 { Role::Single } else { Role::Control };

@@ -10,10 +10,11 @@ use super::migration::Migration;
 use super::setup::{self, Control};
 use super::{Event, Shared};
 use crate::error::{Cause, GuestError, MachineStep, Phase, Side};
-use crate::guest::Resume;
+use crate::guest::{GuestEvent, Resume};
 use crate::handover::{SourceAction, SourceEvent, SourceState};
 use crate::link::{FrameReceiver, FrameSender, lock};
 use crate::machine::StateSection;
+use crate::parameters::Switch;
 use crate::report::{DowntimeParts, Round, Status};
 use crate::wire::{
     Abort, AbortReason, Done, MAX_DEVICE_STATE_BYTES, MAX_NAME_BYTES, Message, Offer, Role, RoundDone, Section,
@@ -97,10 +98,19 @@ impl Migration<'_> {
             return Err(Cause::Cancelled);
         }
         let shared = self.shared;
-        shared.set_phase(Phase::Switchover, Status::Device);
+        let waits = lock(&shared.parameters).pause_before_switchover == Switch::On;
+        let first = if waits { Status::PreSwitchover } else { Status::Device };
+        *lock(&shared.phase) = Phase::Switchover;
         let mut clock = Clock::start();
         transition(shared, SourceEvent::Pause)?;
         let pause_seconds = clock.lap();
+        shared.set_phase(Phase::Switchover, first);
+        if waits {
+            self.await_continue()?;
+            shared.set_phase(Phase::Switchover, Status::Device);
+        }
+        let wait_seconds = clock.lap();
+        shared.guest.tell(GuestEvent::Pass { number: round });
         let predicted_downtime = lock(&shared.report).predicted_downtime_seconds.unwrap_or_default();
         let dirty_rate = lock(&shared.report).dirty_bytes_per_second;
         let (last, _) = self.common.dirty.sync()?;
@@ -126,8 +136,14 @@ impl Migration<'_> {
         self.apply(SourceEvent::Ready)?;
         self.await_running()?;
         let handover_seconds = clock.lap();
-        lock(&shared.report).downtime_parts =
-            Some(DowntimeParts { pause_seconds, ram_seconds, device_state_seconds, load_seconds, handover_seconds });
+        lock(&shared.report).downtime_parts = Some(DowntimeParts {
+            pause_seconds,
+            wait_seconds,
+            ram_seconds,
+            device_state_seconds,
+            load_seconds,
+            handover_seconds,
+        });
         // The guest runs over there: that Done cannot be sent changes nothing.
         if self.apply(SourceEvent::Running).is_ok() {
             self.control.finish();
@@ -205,6 +221,23 @@ impl Migration<'_> {
         Ok(())
     }
 
+    /// With the guest paused, until somebody has the migration go on.
+    fn await_continue(&self) -> Result<(), Cause> {
+        loop {
+            match self.shared.next_event(self.incoming, &self.control)? {
+                Event::Continue => return Ok(()),
+                Event::Message(Message::Abort(abort), _) => return Err(setup::aborted(&abort)),
+                Event::Message(message, _) => {
+                    return Err(Cause::Unexpected {
+                        message: message.name(),
+                        expected: "nothing before the switchover",
+                    });
+                }
+                Event::Worker(_) | Event::Lost(_) | Event::Cancel => {}
+            }
+        }
+    }
+
     fn await_ready(&self) -> Result<(), Cause> {
         loop {
             match self.shared.next_message(self.incoming, &self.control)? {
@@ -222,7 +255,7 @@ impl Migration<'_> {
             let message = match self.incoming.recv() {
                 Ok(Event::Message(message, _)) => message,
                 Ok(Event::Cancel) if !self.shared.abandoned.load(Ordering::Acquire) => continue,
-                Ok(Event::Worker(_)) => continue,
+                Ok(Event::Worker(_) | Event::Continue) => continue,
                 Ok(Event::Lost(cause)) => return Err(self.shared.lost(&self.control, cause)),
                 Ok(Event::Cancel) | Err(_) => return Err(Cause::Cancelled),
             };
