@@ -28,9 +28,9 @@ use crate::commands::{is_verified, summary, verify_machine};
 use crate::connection;
 use crate::following::{self, Ended};
 use crate::interrupts::Interrupts;
-use crate::print;
 use crate::progress::Progress;
 use crate::terminal;
+use dunlin_monitor::text;
 
 /// How long making a machine may take.
 const START_TIMEOUT: Duration = Duration::from_secs(120);
@@ -321,7 +321,7 @@ fn tell(args: &Demo, kind: MachineKind, result: Shown) -> Result<Outcome> {
         });
         terminal::out(&connection::pretty(&object))?;
     } else {
-        let mut text = print::report(&ended.report);
+        let mut text = text::report(&ended.report);
         if let (true, Some(verification)) = (verified, &verification) {
             text.push_str(&format!("verified: {}\n", finding(verification)));
         }

@@ -14,7 +14,6 @@ mod following;
 mod interrupts;
 mod migrate;
 mod parameters;
-mod print;
 mod progress;
 mod run;
 mod status;

@@ -9,9 +9,9 @@ use crate::args::Migrate;
 use crate::connection;
 use crate::following;
 use crate::interrupts::Interrupts;
-use crate::print;
 use crate::progress::Progress;
 use crate::terminal;
+use dunlin_monitor::text;
 
 pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
     let mut client = connection::connect(&args.qmp)?;
@@ -33,7 +33,7 @@ pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
     // The error goes to standard error, once.
     let failure = following::failure(&ended.report);
     ended.report.error = None;
-    terminal::out(&if args.json { connection::pretty(&ended.json) } else { print::report(&ended.report) })?;
+    terminal::out(&if args.json { connection::pretty(&ended.json) } else { text::report(&ended.report) })?;
     match (ended.report.status, ended.interrupted) {
         (Status::Completed, false) => Ok(Outcome::Success),
         (Status::Completed, true) => {

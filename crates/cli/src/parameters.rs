@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use crate::Outcome;
 use crate::connection;
-use crate::print::{Align, table};
 use crate::terminal;
+use dunlin_monitor::text::{Align, table};
 
 const HEADER: [&str; 8] = ["NAME", "TYPE", "UNIT", "DEFAULT", "RANGE", "SIDE", "LIVE", "HELP"];
 

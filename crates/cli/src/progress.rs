@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use dunlin::{Report, Status};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::print::{rough_size, seconds};
 use crate::terminal;
+use dunlin::units::format_seconds as seconds;
+use dunlin_monitor::text::rough_size;
 
 /// The rate shown is that of this long.
 const WINDOW: Duration = Duration::from_secs(1);

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use crate::Outcome;
 use crate::args::At;
 use crate::connection;
-use crate::print;
 use crate::terminal;
+use dunlin_monitor::text;
 
 pub fn status(at: &At) -> Result<Outcome> {
     let mut client = connection::connect(&at.qmp)?;
@@ -34,7 +34,7 @@ pub fn status(at: &At) -> Result<Outcome> {
             text.push_str(&format!("refused the connection from {latest}\n"));
         }
     } else if let Some(report) = &report {
-        text.push_str(&format!("migration, seen by the {}: {}", report.side, print::report(report)));
+        text.push_str(&format!("migration, seen by the {}: {}", report.side, text::report(report)));
     } else {
         text.push_str("no migration yet\n");
     }

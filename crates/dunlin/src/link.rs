@@ -29,6 +29,10 @@ pub(crate) struct ChannelCounters {
     pages: [AtomicU64; PageKind::COUNT],
     /// What `delta` did up to the last round.
     pub(crate) delta: Mutex<DeltaCounts>,
+    /// Nanoseconds that the channel's thread has used of a processor,
+    busy: AtomicU64,
+    /// and that it stood still.
+    waiting: AtomicU64,
 }
 
 impl ChannelCounters {
@@ -49,7 +53,42 @@ impl ChannelCounters {
             transferred_bytes: self.bytes.load(Ordering::Relaxed),
             frames: self.frames.load(Ordering::Relaxed),
             pages: self.pages(),
+            busy_seconds: self.busy.load(Ordering::Relaxed) as f64 / 1e9,
+            waiting_seconds: self.waiting.load(Ordering::Relaxed) as f64 / 1e9,
         }
+    }
+}
+
+/// Tells a channel's time from that which its thread stands still. Of one thread, while it lives.
+#[derive(Debug)]
+pub(crate) struct ChannelClock {
+    counters: Arc<ChannelCounters>,
+    now: Instant,
+    used: Duration,
+}
+
+impl ChannelClock {
+    /// Starts for the calling thread.
+    pub(crate) fn start(counters: Arc<ChannelCounters>) -> Self {
+        Self { counters, now: Instant::now(), used: thread_cpu_time() }
+    }
+
+    /// Counts the time since the last look.
+    pub(crate) fn lap(&mut self) {
+        let (now, used) = (Instant::now(), thread_cpu_time());
+        let elapsed = now.saturating_duration_since(std::mem::replace(&mut self.now, now));
+        let busy = used.saturating_sub(std::mem::replace(&mut self.used, used));
+        let add = |counter: &AtomicU64, time: Duration| {
+            counter.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        };
+        add(&self.counters.busy, busy);
+        add(&self.counters.waiting, elapsed.saturating_sub(busy));
+    }
+
+    /// Leaves out the time since the last look: nothing was under way.
+    pub(crate) fn skip(&mut self) {
+        self.now = Instant::now();
+        self.used = thread_cpu_time();
     }
 }
 
@@ -316,8 +355,8 @@ pub(crate) fn answer_hello(connection: &Connection, reply: &HelloReply) -> Resul
     connection.send_all(&mut [IoSlice::new(&reply.encode())])
 }
 
-/// The number of bytes of hello and answer, for the counters.
-pub(crate) const HELLO_TOTAL_BYTES: u64 = (HELLO_BYTES + REPLY_BYTES) as u64;
+/// What a hello takes on the way to the destination, for the counters.
+pub(crate) const COUNTED_HELLO_BYTES: u64 = HELLO_BYTES as u64;
 
 /// When the peer was last heard of.
 #[derive(Debug)]

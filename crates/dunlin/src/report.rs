@@ -10,6 +10,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::error::{GuestPlace, MigrationError, Phase, Side};
 use crate::page::PageKind;
 
+mod summary;
+
 /// Rounds that a report lists at most: a migration that does not converge goes on for as long as it is let.
 pub const MAX_ROUNDS: usize = 1000;
 
@@ -64,6 +66,9 @@ impl fmt::Display for Status {
 /// The report of a migration, as either side has it.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 pub struct Report {
+    /// What is happening, in a sentence.
+    #[serde(default)]
+    pub summary: String,
     /// Whose report this is.
     pub side: Side,
     /// Where the migration stands.
@@ -90,7 +95,7 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// RAM.
     pub ram: RamReport,
-    /// What `delta` did: at the source.
+    /// What `delta` did, up to the last round.
     pub delta: DeltaCounts,
     /// Bytes of device state sent or received.
     pub device_state_bytes: u64,
@@ -114,6 +119,7 @@ impl Report {
     /// An empty report.
     pub fn new(side: Side, guest: GuestPlace) -> Self {
         Self {
+            summary: String::new(),
             side,
             status: Status::None,
             guest,
@@ -136,6 +142,11 @@ impl Report {
             refused_connections: RefusedConnections::default(),
             error: None,
         }
+    }
+
+    /// Puts into words what is happening.
+    pub(crate) fn summarize(&mut self) {
+        self.summary = summary::sentence(self);
     }
 
     /// Lists a round, in the place of the oldest if there are too many.
@@ -170,6 +181,29 @@ pub struct DowntimeParts {
     pub handover_seconds: f64,
 }
 
+impl DowntimeParts {
+    /// How many there are.
+    pub(crate) const COUNT: usize = 6;
+
+    /// As they travel.
+    pub(crate) fn to_nanoseconds(self) -> [u64; Self::COUNT] {
+        let Self { pause_seconds, wait_seconds, ram_seconds, device_state_seconds, load_seconds, handover_seconds } =
+            self;
+        [pause_seconds, wait_seconds, ram_seconds, device_state_seconds, load_seconds, handover_seconds]
+            .map(|seconds| (seconds * 1e9) as u64)
+    }
+
+    /// From how they travel; `None` where the source did not know them.
+    pub(crate) fn from_nanoseconds(parts: [u64; Self::COUNT]) -> Option<Self> {
+        if parts.iter().all(|part| *part == 0) {
+            return None;
+        }
+        let [pause_seconds, wait_seconds, ram_seconds, device_state_seconds, load_seconds, handover_seconds] =
+            parts.map(|nanoseconds| nanoseconds as f64 / 1e9);
+        Some(Self { pause_seconds, wait_seconds, ram_seconds, device_state_seconds, load_seconds, handover_seconds })
+    }
+}
+
 /// Figures of RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 pub struct RamReport {
@@ -177,7 +211,7 @@ pub struct RamReport {
     pub total_bytes: u64,
     /// RAM that is dirty and not yet sent.
     pub remaining_bytes: u64,
-    /// Bytes sent or received on all channels, frames and messages included.
+    /// Bytes that have gone from the source to the destination on all connections, everything included.
     pub transferred_bytes: u64,
     /// Pages of 4096 bytes sent or received, by the kind they travelled as.
     pub pages: PageCounts,
@@ -298,7 +332,7 @@ fn finite_or_infinite<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64,
 }
 
 /// Figures of one data channel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize, Serialize)]
 pub struct ChannelReport {
     /// Its number.
     pub index: u8,
@@ -308,6 +342,13 @@ pub struct ChannelReport {
     pub frames: u64,
     /// Pages by kind.
     pub pages: PageCounts,
+    /// Of a processor's time, what its thread has used.
+    #[serde(default)]
+    pub busy_seconds: f64,
+    /// How long its thread stood still while a round was under way: for the link, the bandwidth limit, the other side or
+    /// a processor.
+    #[serde(default)]
+    pub waiting_seconds: f64,
 }
 
 /// CPU time of the engine's threads.

@@ -94,6 +94,20 @@ pub fn format_size(bytes: u64) -> String {
     if unit == "B" { format!("{bytes} B") } else { format!("{value:.2} {unit}") }
 }
 
+/// A time span for people: `12.3 ms`, `4.56 s`, `2 min 5 s`.
+pub fn format_seconds(seconds: f64) -> String {
+    if !seconds.is_finite() {
+        "forever".to_owned()
+    } else if seconds < 0.9995 {
+        format!("{:.1} ms", seconds * 1e3)
+    } else if seconds < 119.995 {
+        format!("{seconds:.2} s")
+    } else {
+        let whole = seconds.round() as u64;
+        format!("{} min {} s", whole / 60, whole % 60)
+    }
+}
+
 /// A size to be read again, without loss: `64M`, `1G`, `1000`.
 pub fn exact_size(bytes: u64) -> String {
     let scales = [("T", 40), ("G", 30), ("M", 20), ("K", 10)];
@@ -134,6 +148,16 @@ mod tests {
         assert_eq!(parse_duration("300", ms), Ok(300 * ms));
         assert_eq!(parse_duration("1.5s", ms), Ok(1500 * ms));
         assert!(parse_duration("5 parsecs", ms).is_err());
+    }
+
+    #[test]
+    fn spans_for_people() {
+        for (span, text) in
+            [(0.0, "0.0 ms"), (0.9994, "999.4 ms"), (1.0, "1.00 s"), (119.99, "119.99 s"), (125.2, "2 min 5 s")]
+        {
+            assert_eq!(format_seconds(span), text);
+        }
+        assert_eq!(format_seconds(f64::INFINITY), "forever");
     }
 
     #[test]

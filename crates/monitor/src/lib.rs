@@ -17,6 +17,7 @@ mod migration_info;
 mod protocol;
 mod server;
 mod session;
+pub mod text;
 mod vm;
 
 pub use address::{AddressError, parse_address};

@@ -16,8 +16,8 @@ use serde_json::{Map, Value, json};
 use crate::Outcome;
 use crate::args::Bench;
 use crate::connection;
-use crate::print::{Align, table};
 use crate::terminal;
+use dunlin_monitor::text::{Align, table};
 
 pub fn bench(what: &Bench) -> Result<Outcome> {
     let (measured, json) = match what {

@@ -126,6 +126,7 @@ impl Shared {
         }
         report.channels.sort_by_key(|channel| channel.index);
         report.cpu_seconds.destination = Some(self.cpu.total().as_secs_f64());
+        report.summarize();
         report
     }
 }

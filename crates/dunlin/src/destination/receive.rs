@@ -6,7 +6,9 @@ use std::sync::mpsc::Sender;
 use super::Event;
 use super::placement::{Placement, Staging};
 use crate::error::Cause;
-use crate::link::{ChannelCounters, CpuTime, FrameReceiver, LastHeard, Place, Places, Received, contain, spawn};
+use crate::link::{
+    ChannelClock, ChannelCounters, CpuTime, FrameReceiver, LastHeard, Place, Places, Received, contain, spawn,
+};
 use crate::wire::Message;
 
 /// What a connection carries.
@@ -66,9 +68,12 @@ impl Receiving {
         let cpu = cpu.clone();
         spawn("destination receiver", move || {
             let mut meter = cpu.meter();
+            let mut clock = ChannelClock::start(self.counters.clone());
             let mut runs = Vec::new();
             loop {
-                let event = match contain("destination receiver", || self.step(&mut runs)) {
+                let step = contain("destination receiver", || self.step(&mut runs));
+                clock.lap();
+                let event = match step {
                     Ok(None) => continue,
                     Ok(Some(event)) => event,
                     Err(cause) => match self.carries.link() {

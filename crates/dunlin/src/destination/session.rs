@@ -19,13 +19,14 @@ use crate::error::{Cause, MachineStep, Phase, Side};
 use crate::guest::Resume;
 use crate::handover::{DestinationAction, DestinationEvent, DestinationState};
 use crate::link::{
-    ChannelCounters, FrameReceiver, FrameSender, HELLO_TOTAL_BYTES, LastHeard, Places, Pulse, SharedSender,
+    COUNTED_HELLO_BYTES, ChannelCounters, FrameReceiver, FrameSender, LastHeard, Places, Pulse, SharedSender,
     answer_hello, contain, lock,
 };
 use crate::parameters::Integrity;
-use crate::report::{PageCounts, Round, Status};
+use crate::report::{DeltaCounts, DowntimeParts, PageCounts, Round, Status};
 use crate::wire::{
-    Abort, AbortReason, HelloReply, MarkAck, Message, Offer, Role, Running, Section, SessionId, Start, UNCHECKED_PAGES,
+    Abort, AbortReason, HelloReply, MarkAck, Message, Offer, Role, RoundDone, Running, Section, SessionId, Start,
+    UNCHECKED_PAGES,
 };
 
 /// How long after a lost data channel the source's reason may take on the control connection.
@@ -136,6 +137,9 @@ impl<'a> Session<'a> {
         report.predicted_downtime_seconds = None;
         report.bandwidth_bytes_per_second = 0;
         report.dirty_bytes_per_second = 0;
+        report.downtime_parts = None;
+        report.not_converging = None;
+        report.delta = DeltaCounts::default();
         report.cpu_seconds = fresh.cpu_seconds;
         report.ram.remaining_bytes = report.ram.total_bytes;
         self.shared.change_status(&mut report, Status::Active);
@@ -158,7 +162,7 @@ impl<'a> Session<'a> {
         let connection = Arc::new(connection);
         connection.set_send_timeout(Some(timeout))?;
         let control = lock(&self.shared.control).clone();
-        control.bytes.fetch_add(HELLO_TOTAL_BYTES, std::sync::atomic::Ordering::Relaxed);
+        control.bytes.fetch_add(COUNTED_HELLO_BYTES, std::sync::atomic::Ordering::Relaxed);
         let pages = if matches!(carries, Carries::Everything { .. }) { self.count_channel(0) } else { control.clone() };
         let heard = Arc::new(LastHeard::now());
         let places = Arc::new(Places::default());
@@ -251,7 +255,7 @@ impl<'a> Session<'a> {
         match message {
             Message::Start(start) if self.expected.is_none() => self.on_start(&start),
             Message::RoundDone(round) => {
-                self.on_round(&Round::from(&round));
+                self.on_round(*round);
                 Ok(())
             }
             Message::Section(section) if self.state == DestinationState::Loading => self.on_section(section),
@@ -269,6 +273,7 @@ impl<'a> Session<'a> {
             Message::Done(done) if self.state == DestinationState::Running => {
                 let mut report = lock(&self.shared.report);
                 report.downtime_seconds = done.downtime.as_secs_f64();
+                report.downtime_parts = DowntimeParts::from_nanoseconds(done.parts);
                 report.cpu_seconds.source = Some(done.cpu.as_secs_f64());
                 self.done = true;
                 Ok(())
@@ -290,8 +295,9 @@ impl<'a> Session<'a> {
         self.channels_due = Instant::now() + lock(&self.shared.parameters).link_timeout;
         self.send(&Message::Accepted { features })?;
         self.shared.set_status(Phase::Precopy, Status::Active);
-        lock(&self.shared.report).setup_seconds =
-            lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
+        let mut report = lock(&self.shared.report);
+        report.setup_seconds = lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
+        report.downtime_limit_seconds = start.downtime_limit.as_secs_f64();
         Ok(())
     }
 
@@ -305,7 +311,7 @@ impl<'a> Session<'a> {
         }
         answer_hello(&connection, &HelloReply::Welcome)?;
         let counters = self.count_channel(index);
-        counters.bytes.fetch_add(HELLO_TOTAL_BYTES, std::sync::atomic::Ordering::Relaxed);
+        counters.bytes.fetch_add(COUNTED_HELLO_BYTES, std::sync::atomic::Ordering::Relaxed);
         let connection = Arc::new(connection);
         let places = Arc::new(Places::default());
         let receiving = Receiving {
@@ -334,13 +340,17 @@ impl<'a> Session<'a> {
         self.load_if_complete()
     }
 
-    fn on_round(&self, round: &Round) {
+    fn on_round(&self, done: RoundDone) {
+        let round = Round::from(&done);
         let mut report = lock(&self.shared.report);
         report.ram.remaining_bytes = round.dirty_bytes;
         report.bandwidth_bytes_per_second = round.bandwidth_bytes_per_second;
         report.dirty_bytes_per_second = round.dirty_bytes_per_second;
         report.predicted_downtime_seconds = Some(round.predicted_downtime_seconds);
-        report.push_round(round.clone());
+        report.downtime_limit_seconds = done.downtime_limit.as_secs_f64();
+        report.delta = done.delta;
+        report.not_converging = Some(done.not_converging).filter(|why| !why.is_empty());
+        report.push_round(round);
     }
 
     fn on_section(&mut self, piece: Section) -> Result<(), Cause> {

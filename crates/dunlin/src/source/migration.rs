@@ -46,8 +46,10 @@ pub(super) struct Migration<'a> {
 
 /// The whole of a migration.
 pub(super) fn run(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) {
-    let _meter = shared.cpu.meter();
+    let meter = shared.cpu.meter();
     let result = migrate(shared, events, incoming);
+    // Before the end, after which no figure changes any more.
+    drop(meter);
     shared.end(result);
     lock(&shared.events).take();
 }
@@ -226,6 +228,8 @@ impl Migration<'_> {
         let speedup_when_stopped = self.contention.factor(self.shared.cpu.total());
         let fixed = PAUSE_SAVE_LOAD_RESUME + self.last_sync + round_trip * 2;
         let verdict = convergence::decide(&self.rounds, &Costs { fixed, max_bandwidth, speedup_when_stopped }, limit);
+        let not_converging = verdict.not_converging.then(|| why_not(&verdict, dirty_bytes, dirty_rate, fixed, limit));
+        lock(&self.shared.report).not_converging.clone_from(&not_converging);
         let round = RoundDone {
             number,
             duration,
@@ -236,37 +240,22 @@ impl Migration<'_> {
             bandwidth: verdict.bandwidth,
             dirty_rate,
             predicted_downtime: verdict.predicted,
+            downtime_limit: limit,
+            delta: self.shared.delta_counts(),
+            throttle: Vec::new(),
+            not_converging: not_converging.unwrap_or_default(),
         };
-        self.report_round(&round, &verdict, fixed, limit);
-        self.control.send(&Message::RoundDone(round))?;
+        self.report_round(&round);
+        self.control.send(&Message::RoundDone(Box::new(round)))?;
         Ok(verdict)
     }
 
-    fn report_round(&self, round: &RoundDone, verdict: &Verdict, fixed: Duration, limit: Duration) {
+    fn report_round(&self, round: &RoundDone) {
         let mut report = lock(&self.shared.report);
         report.push_round(Round::from(round));
         report.bandwidth_bytes_per_second = round.bandwidth;
         report.dirty_bytes_per_second = round.dirty_rate;
         report.predicted_downtime_seconds = Some(round.predicted_downtime.as_secs_f64());
-        report.not_converging = verdict.not_converging.then(|| {
-            if verdict.fixed_too_long {
-                return format!(
-                    "stopping the guest here and starting it there takes about {:.0} ms on this link by itself, where \
-                     {:.0} ms are allowed; raise downtime-limit",
-                    fixed.as_secs_f64() * 1e3,
-                    limit.as_secs_f64() * 1e3,
-                );
-            }
-            format!(
-                "the guest dirties {}/s while {}/s can be sent; after each round {} are dirty again, which would stop \
-                 it for {:.0} ms where {:.0} ms are allowed; raise max-bandwidth or downtime-limit, or slow the guest",
-                format_size(round.dirty_rate),
-                format_size(round.bandwidth),
-                format_size(round.dirty_bytes),
-                round.predicted_downtime.as_secs_f64() * 1e3,
-                limit.as_secs_f64() * 1e3,
-            )
-        });
     }
 
     /// Bytes and pages since the round before.
@@ -290,6 +279,26 @@ impl Migration<'_> {
     pub(super) fn stopped(&self) -> bool {
         self.shared.stop.load(Ordering::Acquire)
     }
+}
+
+/// Why rounds bring nothing, in a sentence.
+fn why_not(verdict: &Verdict, dirty_bytes: u64, dirty_rate: u64, fixed: Duration, limit: Duration) -> String {
+    let limit = limit.as_secs_f64() * 1e3;
+    if verdict.fixed_too_long {
+        return format!(
+            "stopping the guest here and starting it there takes about {:.0} ms on this link by itself, where {limit:.0} ms \
+             are allowed; raise downtime-limit",
+            fixed.as_secs_f64() * 1e3,
+        );
+    }
+    format!(
+        "the guest dirties {}/s while {}/s can be sent; after each round {} are dirty again, which would stop it for \
+         {:.0} ms where {limit:.0} ms are allowed; raise max-bandwidth or downtime-limit, or slow the guest",
+        format_size(dirty_rate),
+        format_size(verdict.bandwidth),
+        format_size(dirty_bytes),
+        verdict.predicted.as_secs_f64() * 1e3,
+    )
 }
 
 impl From<&RoundDone> for Round {

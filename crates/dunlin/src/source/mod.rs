@@ -199,18 +199,25 @@ impl Shared {
         }
         report.guest = self.guest.place(Side::Source);
         report.downtime_limit_seconds = lock(&self.parameters).downtime_limit.as_secs_f64();
-        report.ram.transferred_bytes = self.transferred_bytes();
         report.channels =
             lock(&self.channels).iter().enumerate().map(|(index, counters)| counters.report(index as u8)).collect();
+        report.ram.transferred_bytes = self.control.bytes.load(Ordering::Relaxed);
         for channel in &report.channels {
             report.ram.pages += channel.pages;
+            report.ram.transferred_bytes = report.ram.transferred_bytes.saturating_add(channel.transferred_bytes);
         }
-        report.delta = DeltaCounts::default();
-        for counters in lock(&self.channels).iter() {
-            report.delta += *lock(&counters.delta);
-        }
+        report.delta = self.delta_counts();
         report.cpu_seconds.source = Some(self.cpu.total().as_secs_f64());
+        report.summarize();
         report
+    }
+
+    fn delta_counts(&self) -> DeltaCounts {
+        let mut total = DeltaCounts::default();
+        for counters in lock(&self.channels).iter() {
+            total += *lock(&counters.delta);
+        }
+        total
     }
 }
 

@@ -9,7 +9,7 @@ use super::{Event, Shared};
 use crate::channel::{Connection, Connections};
 use crate::error::{Cause, Side};
 use crate::link::{
-    ChannelCounters, FrameReceiver, FrameSender, HELLO_TOTAL_BYTES, LastHeard, Places, Pulse, SharedSender, lock,
+    COUNTED_HELLO_BYTES, ChannelCounters, FrameReceiver, FrameSender, LastHeard, Places, Pulse, SharedSender, lock,
     say_hello, spawn,
 };
 use crate::page::{self, PageKind};
@@ -133,11 +133,14 @@ pub(super) fn agree(
         Connections::Single => 0,
         Connections::Many => lock(&shared.parameters).data_channels(),
     };
-    let timeout = lock(&shared.parameters).link_timeout;
+    let (timeout, downtime_limit) = {
+        let parameters = lock(&shared.parameters);
+        (parameters.link_timeout, parameters.downtime_limit)
+    };
     let role = if wanted == 0 { Role::Single } else { Role::Control };
     let control_counters = shared.control.clone();
     let connection = connect(shared, role, session, timeout, &shared.stop)?;
-    control_counters.bytes.fetch_add(HELLO_TOTAL_BYTES, Ordering::Relaxed);
+    control_counters.bytes.fetch_add(COUNTED_HELLO_BYTES, Ordering::Relaxed);
     let control = Control::open(connection, control_counters.clone(), shared, events.clone())?;
     let machine = shared.guest.machine();
     let start = Start {
@@ -145,6 +148,7 @@ pub(super) fn agree(
         channels: wanted,
         blocks: Start::layout(machine.ram()),
         profile: machine.profile(),
+        downtime_limit,
     };
     let features = start.features.clone();
     let asked = Instant::now();
@@ -169,7 +173,7 @@ pub(super) fn agree(
     for index in 0..wanted {
         let counters = Arc::new(ChannelCounters::default());
         let connection = connect(shared, Role::Data { index }, session, timeout, &shared.stop)?;
-        counters.bytes.fetch_add(HELLO_TOTAL_BYTES, Ordering::Relaxed);
+        counters.bytes.fetch_add(COUNTED_HELLO_BYTES, Ordering::Relaxed);
         let sender = FrameSender::new(connection, counters.clone());
         channels.push(DataChannel { sender: Arc::new(sender.into()), counters });
     }

@@ -71,9 +71,12 @@ fn send(
             SourceAction::SendRelease => out(&Message::Release)?,
             SourceAction::SendQuery => out(&Message::Query)?,
             SourceAction::SendDone => {
-                let downtime = lock(&shared.report).downtime_seconds;
+                let (downtime, parts) = {
+                    let report = lock(&shared.report);
+                    (report.downtime_seconds, report.downtime_parts.unwrap_or_default().to_nanoseconds())
+                };
                 let downtime = Duration::try_from_secs_f64(downtime).unwrap_or_default();
-                out(&Message::Done(Done { downtime, cpu: shared.cpu.total() }))?;
+                out(&Message::Done(Done { downtime, parts, cpu: shared.cpu.total() }))?;
             }
             SourceAction::SendAbort => out(&Message::Abort(abort(shared, cause)))?,
             SourceAction::PauseGuest | SourceAction::ResumeGuest | SourceAction::Reconnect => {}
@@ -175,9 +178,13 @@ impl Migration<'_> {
             bandwidth: (transferred_bytes as f64 / duration.as_secs_f64().max(1e-9)) as u64,
             dirty_rate,
             predicted_downtime: Duration::try_from_secs_f64(predicted_downtime).unwrap_or_default(),
+            downtime_limit: lock(&self.shared.parameters).downtime_limit,
+            delta: self.shared.delta_counts(),
+            throttle: Vec::new(),
+            not_converging: String::new(),
         };
         lock(&self.shared.report).push_round(Round::from(&round));
-        self.control.send(&Message::RoundDone(round))
+        self.control.send(&Message::RoundDone(Box::new(round)))
     }
 
     fn send_device_state(&self) -> Result<u32, Cause> {

@@ -12,7 +12,7 @@ use super::dirty::DirtyRam;
 use super::frame::Frame;
 use super::pacing::Pacer;
 use crate::error::Cause;
-use crate::link::{ChannelCounters, SharedSender, lock};
+use crate::link::{ChannelClock, ChannelCounters, SharedSender, lock};
 use crate::memory::{CHUNK_SIZE, DirtyBitmap, PAGE_SIZE, Ram, RamBlock};
 use crate::page::{Encoder, Link, MAX_UNIT_BYTES};
 use crate::wire::{Mark, Message};
@@ -32,6 +32,8 @@ pub(super) struct Worker {
     pub(super) common: Arc<Common>,
     pub(super) sender: SharedSender,
     pub(super) counters: Arc<ChannelCounters>,
+    /// Of this worker's thread, once it has begun.
+    pub(super) clock: Option<ChannelClock>,
     pub(super) encoder: Encoder,
     pub(super) link: Link,
     pub(super) frame: Frame,
@@ -43,6 +45,10 @@ impl Worker {
     /// Sends the dirty pages of this worker's chunks, then the round's mark; gives when the mark was sent.
     pub(super) fn round(&mut self, round: u32) -> Result<Instant, Cause> {
         let common = self.common.clone();
+        match &mut self.clock {
+            Some(clock) => clock.skip(),
+            None => self.clock = Some(ChannelClock::start(self.counters.clone())),
+        }
         self.frame.begin(round, &self.encoder);
         let mut first_chunk = 0;
         for (index, block) in common.ram.blocks().iter().enumerate() {
@@ -60,6 +66,7 @@ impl Worker {
         }
         let marked = Instant::now();
         lock(&self.sender).send(&Message::Mark(Mark { round }))?;
+        self.lap();
         Ok(marked)
     }
 
@@ -160,6 +167,13 @@ impl Worker {
         self.common.pacer.pay(bytes, &self.common.stop);
         self.frame.send(&self.common.ram, &mut lock(&self.sender))?;
         self.link.sent(bytes, began.elapsed());
+        self.lap();
         Ok(())
+    }
+
+    fn lap(&mut self) {
+        if let Some(clock) = &mut self.clock {
+            clock.lap();
+        }
     }
 }

@@ -61,6 +61,7 @@ impl Workers {
                 common: common.clone(),
                 sender: channel.sender.clone(),
                 counters: channel.counters.clone(),
+                clock: None,
                 encoder: Encoder::new(compression).map_err(|source| Cause::Io {
                     doing: "make",
                     target: "a compressor".into(),

@@ -9,7 +9,7 @@ use super::*;
 use crate::error::GuestPlace;
 use crate::machine::Need;
 use crate::page::PageKind;
-use crate::report::PageCounts;
+use crate::report::{DeltaCounts, PageCounts};
 
 const GOLDEN: &str = include_str!("../../tests/golden/v1.txt");
 const SESSION: SessionId = SessionId([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
@@ -35,13 +35,14 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
                 channels: 2,
                 blocks: vec![message::BlockLayout { name: "ram".into(), size_bytes: 1 << 30, host_page_size: 4096 }],
                 profile: b"abc".to_vec(),
+                downtime_limit: Duration::from_millis(300),
             }),
         ),
         ("accepted", 1, Message::Accepted { features: vec!["page-zero".into(), "page-plain".into()] }),
         (
             "round-done",
             2,
-            Message::RoundDone(RoundDone {
+            Message::RoundDone(Box::new(RoundDone {
                 number: 1,
                 duration: nanos(2),
                 ram_bytes: 3,
@@ -51,7 +52,11 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
                 bandwidth: 11,
                 dirty_rate: 12,
                 predicted_downtime: nanos(13),
-            }),
+                downtime_limit: nanos(14),
+                delta: DeltaCounts { hits: 15, misses: 16, overflows: 17, saved_bytes: 18 },
+                throttle: vec![0, 40],
+                not_converging: "slow".into(),
+            })),
         ),
         ("mark", 3, Message::Mark(Mark { round: 9 })),
         ("mark-ack", 4, Message::MarkAck(MarkAck { channel: 3, round: 9 })),
@@ -81,7 +86,11 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
         ("ready", 7, Message::Ready),
         ("release", 8, Message::Release),
         ("running", 9, Message::Running(Running { load: nanos(1000), resume: nanos(2000), cpu: nanos(3000) })),
-        ("done", 10, Message::Done(Done { downtime: Duration::from_millis(5), cpu: nanos(7) })),
+        (
+            "done",
+            10,
+            Message::Done(Done { downtime: Duration::from_millis(5), parts: [1, 2, 3, 4, 5, 6], cpu: nanos(7) }),
+        ),
         (
             "abort",
             11,

@@ -9,10 +9,12 @@ use crate::error::GuestPlace;
 use crate::machine::Need;
 use crate::memory::Ram;
 use crate::page::PageKind;
-use crate::report::PageCounts;
+use crate::report::{DeltaCounts, DowntimeParts, PageCounts};
 
 const MAX_PROFILE_BYTES: u64 = 1 << 20;
 const MAX_TEXT_BYTES: u16 = 2048;
+/// vCPUs of which a RoundDone tells how much they are throttled.
+const MAX_THROTTLED: usize = 255;
 
 /// A feature that the source wants to use.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,10 +41,11 @@ pub(crate) struct Start {
     pub(crate) blocks: Vec<BlockLayout>,
     /// The machine's own description of itself.
     pub(crate) profile: Vec<u8>,
+    pub(crate) downtime_limit: Duration,
 }
 
 /// Source to destination, after a round: its figures, so that both sides report the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RoundDone {
     pub(crate) number: u32,
     pub(crate) duration: Duration,
@@ -53,6 +56,13 @@ pub(crate) struct RoundDone {
     pub(crate) bandwidth: u64,
     pub(crate) dirty_rate: u64,
     pub(crate) predicted_downtime: Duration,
+    pub(crate) downtime_limit: Duration,
+    /// Since the beginning.
+    pub(crate) delta: DeltaCounts,
+    /// How much of each vCPU's time is taken from it, in percent; nothing if none is throttled.
+    pub(crate) throttle: Vec<u8>,
+    /// Why the migration does not converge, or empty.
+    pub(crate) not_converging: String,
 }
 
 /// Source to destination, on a data channel: everything of a round has been sent on it.
@@ -107,6 +117,8 @@ pub(crate) struct Running {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Done {
     pub(crate) downtime: Duration,
+    /// In the order of the struct, in nanoseconds; all zero where they are not known.
+    pub(crate) parts: [u64; DowntimeParts::COUNT],
     /// CPU time of the source's threads.
     pub(crate) cpu: Duration,
 }
@@ -140,7 +152,7 @@ pub(crate) enum Message {
     Accepted {
         features: Vec<String>,
     },
-    RoundDone(RoundDone),
+    RoundDone(Box<RoundDone>),
     Mark(Mark),
     MarkAck(MarkAck),
     Section(Section),
@@ -189,6 +201,7 @@ impl Start {
             out.name(&block.name);
         }
         out.bytes(&self.profile);
+        out.u64(duration_out(self.downtime_limit));
     }
 
     fn decode(input: &mut Reader<'_>) -> Result<Self, WireError> {
@@ -204,7 +217,8 @@ impl Start {
             blocks.push(BlockLayout { size_bytes, host_page_size, name: input.name()? });
         }
         let profile = input.bytes(MAX_PROFILE_BYTES)?.to_vec();
-        Ok(Self { features, channels, blocks, profile })
+        let downtime_limit = Duration::from_nanos(input.u64()?);
+        Ok(Self { features, channels, blocks, profile, downtime_limit })
     }
 }
 
@@ -286,6 +300,13 @@ impl Message {
                 out.u64(round.bandwidth);
                 out.u64(round.dirty_rate);
                 out.u64(duration_out(round.predicted_downtime));
+                out.u64(duration_out(round.downtime_limit));
+                let DeltaCounts { hits, misses, overflows, saved_bytes } = round.delta;
+                [hits, misses, overflows, saved_bytes].into_iter().for_each(|count| out.u64(count));
+                let throttle = round.throttle.get(..MAX_THROTTLED).unwrap_or(&round.throttle);
+                out.u8(throttle.len() as u8);
+                out.0.extend(throttle);
+                out.text(&round.not_converging, MAX_TEXT_BYTES);
             }
             Self::Mark(mark) => out.u32(mark.round),
             Self::MarkAck(ack) => {
@@ -314,6 +335,7 @@ impl Message {
             }
             Self::Done(done) => {
                 out.u64(duration_out(done.downtime));
+                done.parts.into_iter().for_each(|part| out.u64(part));
                 out.u64(duration_out(done.cpu));
             }
             Self::Abort(abort) => {
@@ -335,7 +357,7 @@ impl Message {
                 let count = input.u16()?;
                 Self::Accepted { features: (0..count).map(|_| input.name()).collect::<Result<_, _>>()? }
             }
-            FrameType::RoundDone => Self::RoundDone(RoundDone {
+            FrameType::RoundDone => Self::RoundDone(Box::new(RoundDone {
                 number: input.u32()?,
                 duration: Duration::from_nanos(input.u64()?),
                 ram_bytes: input.u64()?,
@@ -345,7 +367,19 @@ impl Message {
                 bandwidth: input.u64()?,
                 dirty_rate: input.u64()?,
                 predicted_downtime: Duration::from_nanos(input.u64()?),
-            }),
+                downtime_limit: Duration::from_nanos(input.u64()?),
+                delta: DeltaCounts {
+                    hits: input.u64()?,
+                    misses: input.u64()?,
+                    overflows: input.u64()?,
+                    saved_bytes: input.u64()?,
+                },
+                throttle: {
+                    let count = input.u8()?;
+                    input.take(usize::from(count))?.to_vec()
+                },
+                not_converging: input.text()?,
+            })),
             FrameType::Mark => Self::Mark(Mark { round: input.u32()? }),
             FrameType::MarkAck => Self::MarkAck(MarkAck { round: input.u32()?, channel: input.u8()? }),
             FrameType::Section => Self::Section(Section {
@@ -372,6 +406,13 @@ impl Message {
             }),
             FrameType::Done => Self::Done(Done {
                 downtime: Duration::from_nanos(input.u64()?),
+                parts: {
+                    let mut parts = [0; DowntimeParts::COUNT];
+                    for part in &mut parts {
+                        *part = input.u64()?;
+                    }
+                    parts
+                },
                 cpu: Duration::from_nanos(input.u64()?),
             }),
             FrameType::Abort => Self::Abort(Abort {

@@ -73,6 +73,7 @@ start = (
     + struct.pack("<B", 0) + name("page-plain")
     + struct.pack("<H", 1) + struct.pack("<QQ", 1 << 30, 4096) + name("ram")
     + struct.pack("<I", 3) + b"abc"
+    + struct.pack("<Q", 300_000_000)
 )
 # A page of zeros, with three bytes of it changed.
 changed = bytes(3) + b"\x07" + bytes(296) + b"\x08\x09" + bytes(4096 - 302)
@@ -85,7 +86,9 @@ CASES = {
     "answer-refused": answer(1, "busy"),
     "start": frame(1, 0, start),
     "accepted": frame(2, 1, struct.pack("<H", 2) + name("page-zero") + name("page-plain")),
-    "round-done": frame(3, 2, struct.pack("<IQQQQQQQQQQQQ", *range(1, 14))),
+    "round-done": frame(
+        3, 2, struct.pack("<IQQQQQQQQQQQQQQQQQ", *range(1, 19)) + struct.pack("<BBB", 2, 0, 40) + struct.pack("<H", 4) + b"slow"
+    ),
     "mark": frame(4, 3, struct.pack("<I", 9)),
     "mark-ack": frame(5, 4, struct.pack("<IB", 9, 3)),
     "section": frame(6, 5, struct.pack("<IIBQQ", 1, 2, 1, 7, 6) + name("vcpu") + b"sta"),
@@ -93,7 +96,7 @@ CASES = {
     "ready": frame(8, 7),
     "release": frame(9, 8),
     "running": frame(10, 9, struct.pack("<QQQ", 1000, 2000, 3000)),
-    "done": frame(11, 10, struct.pack("<QQ", 5_000_000, 7)),
+    "done": frame(11, 10, struct.pack("<QQQQQQQQ", 5_000_000, *range(1, 7), 7)),
     "abort": frame(12, 11, struct.pack("<BBH", 1, 5, 9) + b"cancelled"),
     "query": frame(13, 12),
     "heartbeat": frame(14, 13),

@@ -1,0 +1,48 @@
+//! A report in a sentence: what is happening, and where the guest is.
+
+use super::{Report, Status};
+use crate::error::Side;
+use crate::units::{format_seconds, format_size};
+
+/// The sentence. It begins in lower case and ends without a full stop.
+pub(super) fn sentence(report: &Report) -> String {
+    let guest = report.guest;
+    match (report.status, report.side) {
+        (Status::None, _) => format!("no migration was started; the guest is {guest}"),
+        (Status::Setup, Side::Source) => format!("connecting to the destination and agreeing; the guest is {guest}"),
+        (Status::Setup, Side::Destination) => "waiting for a migration to come in".to_owned(),
+        (Status::Active, _) => active(report),
+        (Status::PreSwitchover, _) => format!("waiting to be continued, with the guest {guest}"),
+        (Status::Device, _) => format!("switching over; the guest is {guest}"),
+        (Status::Completed, _) if report.downtime_seconds > 0.0 => format!(
+            "completed in {}, of which the guest stood still for {}; it is {guest}",
+            format_seconds(report.total_seconds),
+            format_seconds(report.downtime_seconds)
+        ),
+        (Status::Completed, _) => {
+            format!("completed in {}; the guest is {guest}", format_seconds(report.total_seconds))
+        }
+        (Status::Failed | Status::Cancelled, _) => match &report.error {
+            Some(error) => {
+                format!("{} after {}: {}", report.status, format_seconds(report.total_seconds), error.message)
+            }
+            None => format!("{} after {}; the guest is {guest}", report.status, format_seconds(report.total_seconds)),
+        },
+        (Status::Cancelling, _) => format!("being cancelled; the guest is {guest}"),
+    }
+}
+
+fn active(report: &Report) -> String {
+    let round = report.rounds_ended().saturating_add(1);
+    let ram = &report.ram;
+    let mut text = format!(
+        "sending RAM while the guest is {}: round {round}, {} of {} to go",
+        report.guest,
+        format_size(ram.remaining_bytes),
+        format_size(ram.total_bytes)
+    );
+    if let Some(why) = &report.not_converging {
+        text.push_str(&format!("; it does not converge: {why}"));
+    }
+    text
+}
