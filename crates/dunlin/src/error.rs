@@ -324,4 +324,21 @@ pub enum GuestError {
         /// Its error.
         source: MachineError,
     },
+    /// The machine has no way to slow its vCPUs.
+    #[error("the vCPUs of this machine cannot be throttled")]
+    CannotThrottle,
+    /// There is no vCPU of that number.
+    #[error("there is no vCPU {vcpu}: this machine has {count}, counted from 0")]
+    NoSuchVcpu {
+        /// Asked for.
+        vcpu: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// A throttle out of range.
+    #[error("a vCPU cannot be throttled by {percent} %: it must be 0 to 99, the part of its time that it does not run")]
+    ThrottlePercent {
+        /// Asked for.
+        percent: u8,
+    },
 }

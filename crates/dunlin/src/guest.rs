@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::error::{GuestError, GuestPlace, MachineStep, Side};
 use crate::machine::Machine;
 use crate::report::Status;
+use crate::throttle::{Throttle, VcpuThrottle};
 
 /// Who may run the guest, seen from this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -66,6 +67,7 @@ pub struct Guest {
     machine: Arc<dyn Machine>,
     state: Mutex<State>,
     watchers: Mutex<Vec<Sender<GuestEvent>>>,
+    throttle: Throttle,
 }
 
 impl fmt::Debug for Guest {
@@ -87,6 +89,7 @@ impl Guest {
 
     fn with(machine: Arc<dyn Machine>, ownership: Ownership) -> Arc<Self> {
         Arc::new(Self {
+            throttle: Throttle::new(machine.clone()),
             machine,
             state: Mutex::new(State { ownership, running: false, runs_there: false, migrating: false }),
             watchers: Mutex::default(),
@@ -161,6 +164,37 @@ impl Guest {
         self.pause(&mut state)
     }
 
+    /// Slows `vcpu`, or every vCPU without one: it does not run for `percent` (0 to 99) of its time. To be done at any time,
+    /// whether a guest is here or not, runs or is being migrated; it takes effect at once and holds until it is changed or
+    /// [cancelled](Self::cancel_vcpu_throttle). A migration that asks for more (`auto-converge`) gets it. What was asked
+    /// for belongs to this side and does not travel: a guest that has gone runs at full speed over there.
+    ///
+    /// # Errors
+    /// When there is no such vCPU, the percentage is out of range, or this machine cannot throttle its vCPUs. Nothing is
+    /// changed then.
+    pub fn set_vcpu_throttle(&self, vcpu: Option<usize>, percent: u8) -> Result<(), GuestError> {
+        self.throttle.set_operator(vcpu, percent)
+    }
+
+    /// Lets `vcpu`, or every vCPU without one, run again as fast as it can, but for what a migration asks for.
+    ///
+    /// # Errors
+    /// When there is no such vCPU, or this machine cannot throttle its vCPUs.
+    pub fn cancel_vcpu_throttle(&self, vcpu: Option<usize>) -> Result<(), GuestError> {
+        self.throttle.set_operator(vcpu, 0)
+    }
+
+    /// How much each vCPU is slowed, and who asked for it; empty where the machine cannot throttle its vCPUs.
+    pub fn vcpu_throttle(&self) -> Vec<VcpuThrottle> {
+        self.throttle.all()
+    }
+
+    /// Slows the vCPUs for the migration under way, each by its percentage. It is let go when the migration is over and when
+    /// the guest is paused for the switchover.
+    pub(crate) fn throttle_for_migration(&self, percent: &[u8]) {
+        self.throttle.set_migration(percent);
+    }
+
     fn must_be_here(state: &State) -> Result<(), GuestError> {
         match state.ownership {
             Ownership::Here => Ok(()),
@@ -212,6 +246,7 @@ impl Guest {
 
     /// The migration, either way, is over.
     pub(crate) fn end_migration(&self) {
+        self.throttle.set_migration(&[]);
         self.state().migrating = false;
     }
 
@@ -222,6 +257,8 @@ impl Guest {
         Self::must_be_here(&state)?;
         let was_running = state.running;
         self.pause(&mut state)?;
+        // Wherever it goes on, it does so at full speed.
+        self.throttle.set_migration(&[]);
         state.ownership = Ownership::HandingOver;
         Ok(was_running)
     }

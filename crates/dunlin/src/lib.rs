@@ -29,13 +29,15 @@ pub mod internals;
 mod link;
 mod page;
 mod source;
+mod throttle;
 mod wire;
 
 pub use channel::{Uri, UriError};
 pub use destination::Destination;
 pub use error::{Cause, GuestError, GuestPlace, MigrationError, Side};
 pub use guest::{Guest, GuestEvent, Ownership};
-pub use machine::{Machine, MachineError, Need, StateSection};
+pub use machine::{Machine, MachineError, Need, StateSection, Vcpus};
 pub use parameters::{PARAMETERS, Parameters};
 pub use report::{Report, Status};
 pub use source::Source;
+pub use throttle::VcpuThrottle;

@@ -11,7 +11,7 @@ pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A machine that can be migrated.
 ///
-/// Methods are called from the engine's threads, one at a time, but for [`ram`](Self::ram).
+/// Methods are called from the engine's threads, one at a time, but for [`ram`](Self::ram) and [`vcpus`](Self::vcpus).
 pub trait Machine: Send + Sync {
     /// The machine's RAM. The same blocks, by name and size, on both sides; it does not change during a migration.
     fn ram(&self) -> &Ram;
@@ -60,6 +60,33 @@ pub trait Machine: Send + Sync {
     /// When it does not fit this machine; the guest then goes on at the source, and this machine must be ready to
     /// load another state.
     fn load(&self, sections: Vec<StateSection>) -> Result<(), MachineError>;
+
+    /// The vCPUs, if this machine can slow them. One that cannot is migrated as well, but `auto-converge` does nothing for
+    /// it. Called at any time, also while another method runs.
+    fn vcpus(&self) -> Option<&dyn Vcpus> {
+        None
+    }
+}
+
+/// The vCPUs of a machine that can be slowed, numbered from 0. Methods are called at any time, from any thread, also while
+/// the machine starts, stops, loads or saves, and do not wait for the vCPUs.
+///
+/// What must stay true: a throttled vCPU is paused as soon as another, and nothing that it does is lost or done twice: it
+/// only waits between two of its instructions. The throttle is not part of the guest's state and is not saved.
+pub trait Vcpus: Send + Sync {
+    /// How many there are. It does not change.
+    fn count(&self) -> usize;
+
+    /// Throttles each vCPU by its percentage: one for each, 0 (not at all) to 99. A vCPU that is throttled by 75 runs for a
+    /// quarter of its time and sleeps for the rest, by turns that are short (20 ms for both): the engine measures what it
+    /// does over 50 ms. Takes effect as soon, and while the machine is paused from when it runs again; it holds until
+    /// something else is set.
+    fn set_throttle(&self, percent: &[u8]);
+
+    /// For each vCPU a count of the pages that it has dirtied, which only grows; `None` if the machine cannot tell vCPUs
+    /// apart. Only differences are used, and only as weights: they need not be exact, and pages may be counted as often as
+    /// they are written or only when they become dirty, as long as it is the same for all vCPUs.
+    fn dirtied(&self) -> Option<Vec<u64>>;
 }
 
 /// Whether a section of device state must be understood.

@@ -93,14 +93,26 @@ impl Gate {
 
     /// Sleeps until `until`, or until the gate is closed.
     pub(crate) fn sleep(&self, until: Instant) {
+        self.sleep_while(until, || true);
+    }
+
+    /// The same, for no longer than `reason` holds, which is looked at again after a [`nudge`](Self::nudge).
+    pub(crate) fn sleep_while(&self, until: Instant, reason: impl Fn() -> bool) {
         let mut state = self.state();
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            if !state.open || state.ended || left.is_zero() {
+            if !state.open || state.ended || left.is_zero() || !reason() {
                 return;
             }
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Has those who sleep look whether they still should. What they look at was changed before.
+    pub(crate) fn nudge(&self) {
+        // Whoever has looked and not yet gone to sleep holds the lock.
+        drop(self.state());
+        self.changed.notify_all();
     }
 
     /// A thread that was inside is not any more.

@@ -14,6 +14,7 @@ pub mod synthetic;
 mod device_config;
 mod gate;
 mod payload;
+mod schedule;
 mod sections;
 mod tracking;
 

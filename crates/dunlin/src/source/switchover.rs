@@ -303,8 +303,9 @@ pub(super) struct Failing {
     actions: Result<&'static [SourceAction], Cause>,
 }
 
-/// A failure: first of all the guest, if it may, runs again.
+/// A failure: first of all the guest, if it may, runs again, and at full speed.
 pub(super) fn begin_to_fail(shared: &Shared, cause: &Cause) -> Failing {
+    shared.guest.throttle_for_migration(&[]);
     let before = lock(&shared.handover).state;
     let event = match cause {
         Cause::Peer { .. } | Cause::Refused { .. } | Cause::CancelledByPeer { .. } => SourceEvent::Aborted,

@@ -4,6 +4,7 @@
 //! What is x86-64 of it is in `x86`. What must stay true: a vCPU's state is read and written only while its thread waits at
 //! the gate, out of KVM_RUN and with no instruction half done.
 
+mod alarm;
 mod devices;
 mod error;
 mod memory;
@@ -616,5 +617,24 @@ impl Machine for KvmMachine {
         // Until all of it is there the machine is nobody's: what fails half-way must not run.
         *self.identity.write().unwrap_or_else(PoisonError::into_inner) = None;
         Ok(self.take_over(&sections)?)
+    }
+
+    fn vcpus(&self) -> Option<&dyn dunlin::Vcpus> {
+        Some(self)
+    }
+}
+
+impl dunlin::Vcpus for KvmMachine {
+    fn count(&self) -> usize {
+        self.vcpus.all().len()
+    }
+
+    fn set_throttle(&self, percent: &[u8]) {
+        self.vcpus.set_throttle(percent);
+    }
+
+    /// Pages that came out of each vCPU's dirty ring.
+    fn dirtied(&self) -> Option<Vec<u64>> {
+        lock(&self.hypervisor).rings.as_ref().map(|rings| rings.pages_read())
     }
 }

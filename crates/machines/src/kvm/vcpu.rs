@@ -3,26 +3,25 @@
 //! Stopping: the gate is closed, and a signal makes every vCPU leave KVM_RUN. The signal's handler sets `immediate_exit` of
 //! its own thread's vCPU, so that a signal that comes just before KVM_RUN is not lost. What must stay true: a thread looks at
 //! the gate between clearing `immediate_exit` and KVM_RUN, and the gate is closed before the signal is sent.
+//!
+//! A throttled vCPU leaves KVM_RUN at the end of its slice by the same signal, which its thread's own alarm sends.
 
 use std::cell::Cell;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use super::alarm::Alarm;
 use super::devices::{Bus, Ended};
 use super::tracking::Rings;
 use super::x86::PACE_PORT;
 use crate::gate::{Gate, Passage};
-
-/// A vCPU goes ahead of its pace by up to this much before it sleeps,
-const BATCH: Duration = Duration::from_millis(1);
-/// and catches up on no more than this much.
-const BACKLOG: Duration = Duration::from_millis(20);
+use crate::schedule::{Schedule, Throttle};
 
 /// A vCPU, shared by its thread and by who reads and writes its state while it is stopped.
 #[derive(Debug)]
@@ -36,6 +35,7 @@ pub(super) struct Vcpu {
     stopped: Mutex<Option<String>>,
     /// Time between two steps.
     pace: Mutex<Option<Duration>>,
+    throttle: Throttle,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -72,7 +72,7 @@ impl Vcpu {
     }
 
     /// Runs the guest until the gate is closed.
-    fn run(&self, gate: &Gate, bus: &Bus) {
+    fn run(&self, gate: &Gate, bus: &Bus, alarm: &mut Alarm) {
         let mut fd = self.fd();
         let ended = match &mut *fd {
             Some(fd) => {
@@ -80,7 +80,7 @@ impl Vcpu {
                 // as long as a guest does not.
                 let _ = fd.kvmclock_ctrl();
                 let _kick = Kick::prepare(fd);
-                self.run_guest(fd, gate, bus)
+                self.run_guest(fd, gate, bus, alarm)
             }
             None => Err("it has not been made".to_owned()),
         };
@@ -93,11 +93,15 @@ impl Vcpu {
         }
     }
 
-    fn run_guest(&self, fd: &mut VcpuFd, gate: &Gate, bus: &Bus) -> Result<(), String> {
-        let mut pacer = Pacer { due: Instant::now(), pace: *lock(&self.pace) };
+    fn run_guest(&self, fd: &mut VcpuFd, gate: &Gate, bus: &Bus, alarm: &mut Alarm) -> Result<(), String> {
+        let mut schedule = Schedule::new(gate, &self.throttle, *lock(&self.pace));
         let mut unfinished = false;
         loop {
             fd.set_kvm_immediate_exit(0);
+            // Here too nothing is lost: an alarm that comes before KVM_RUN makes it return.
+            if let Some(slice_end) = schedule.pass() {
+                alarm.set(slice_end).map_err(|error| format!("the end of its time slice could not be set: {error}"))?;
+            }
             if !gate.is_open() {
                 if !unfinished {
                     return Ok(());
@@ -112,7 +116,7 @@ impl Vcpu {
             let exit = fd.run();
             unfinished = exit.is_ok();
             match exit {
-                Ok(VcpuExit::IoOut(port, _)) if port == u16::from(PACE_PORT) => pacer.wait(gate),
+                Ok(VcpuExit::IoOut(port, _)) if port == u16::from(PACE_PORT) => schedule.step(),
                 Ok(VcpuExit::IoOut(port, data)) => bus.write_port(port, data, gate),
                 Ok(VcpuExit::IoIn(port, data)) => bus.read_port(port, data),
                 Ok(VcpuExit::MmioRead(address, data)) => bus.read_memory(address, data),
@@ -140,25 +144,6 @@ fn internal_error(fd: &mut VcpuFd) -> String {
     format!("KVM could not go on at {rip:#x} (internal error {suberror})")
 }
 
-/// Keeps a vCPU's steps to a pace.
-struct Pacer {
-    due: Instant,
-    pace: Option<Duration>,
-}
-
-impl Pacer {
-    fn wait(&mut self, gate: &Gate) {
-        let Some(pace) = self.pace else { return };
-        self.due += pace;
-        let now = Instant::now();
-        if self.due > now + BATCH {
-            gate.sleep(self.due);
-        } else if let Some(earliest) = now.checked_sub(BACKLOG) {
-            self.due = self.due.max(earliest);
-        }
-    }
-}
-
 thread_local! {
     /// Where the signal's handler finds `immediate_exit` of the vCPU that this thread runs.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
@@ -180,7 +165,7 @@ impl Drop for Kick {
     }
 }
 
-fn signal() -> libc::c_int {
+pub(super) fn signal() -> libc::c_int {
     libc::SIGRTMIN().saturating_add(3)
 }
 
@@ -224,15 +209,26 @@ impl Vcpus {
                 fd: Mutex::default(),
                 stopped: Mutex::default(),
                 pace: Mutex::default(),
+                throttle: Throttle::default(),
             });
             all.vcpus.push(vcpu.clone());
             let (gate, bus) = (all.gate.clone(), bus.clone());
+            let (ready, made) = mpsc::channel();
             all.threads.push(std::thread::Builder::new().name(format!("kvm vcpu {index}")).spawn(move || {
+                let mut alarm = match Alarm::for_this_thread(signal()) {
+                    Ok(alarm) => alarm,
+                    Err(error) => {
+                        let _ = ready.send(Err(error));
+                        return;
+                    }
+                };
+                let _ = ready.send(Ok(()));
                 while gate.enter() == Passage::Run {
-                    vcpu.run(&gate, &bus);
+                    vcpu.run(&gate, &bus, &mut alarm);
                     gate.leave();
                 }
             })?);
+            made.recv().unwrap_or_else(|_| Err(io::Error::other("it has ended")))?;
         }
         Ok(all)
     }
@@ -249,6 +245,13 @@ impl Vcpus {
     /// Stops all and waits until they have; tells whether they ran.
     pub(super) fn pause(&self) -> bool {
         self.gate.close_with(|| self.kick())
+    }
+
+    /// Throttles each by its percentage.
+    pub(super) fn set_throttle(&self, percent: &[u8]) {
+        self.vcpus.iter().zip(percent).for_each(|(vcpu, percent)| vcpu.throttle.set(*percent));
+        self.gate.nudge();
+        self.kick();
     }
 
     /// Has those in the guest come out and look at what has changed.

@@ -260,4 +260,23 @@ impl Machine for SyntheticMachine {
         self.identify(loaded.identity);
         Ok(())
     }
+
+    fn vcpus(&self) -> Option<&dyn dunlin::Vcpus> {
+        Some(self)
+    }
+}
+
+impl dunlin::Vcpus for SyntheticMachine {
+    fn count(&self) -> usize {
+        self.vcpus.count() as usize
+    }
+
+    fn set_throttle(&self, percent: &[u8]) {
+        self.vcpus.set_throttle(percent);
+    }
+
+    /// Each step writes a page.
+    fn dirtied(&self) -> Option<Vec<u64>> {
+        Some(self.vcpus.steps())
+    }
 }

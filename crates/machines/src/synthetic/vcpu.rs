@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use dunlin::memory::RamBlock;
 
 use crate::gate::{Gate, Passage};
+use crate::schedule::{Schedule, Throttle};
 
 use super::content;
 use super::device::Device;
@@ -17,15 +18,12 @@ use super::{Identity, PAGE_BYTES};
 
 /// Between two ticks of the device.
 const TICK: Duration = Duration::from_millis(1);
-/// A vCPU writes ahead of its schedule by up to this much before it sleeps,
-const BATCH: Duration = Duration::from_millis(1);
-/// and catches up on no more than this much.
-const BACKLOG: Duration = Duration::from_millis(20);
 
 /// All threads of a machine. They end when this is dropped.
 #[derive(Debug)]
 pub(super) struct Vcpus {
     steps: Vec<Arc<AtomicU64>>,
+    throttles: Vec<Arc<Throttle>>,
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -39,12 +37,15 @@ impl Vcpus {
         block: &RamBlock,
         device: &Arc<Device>,
     ) -> io::Result<Self> {
-        let mut vcpus = Self { steps: Vec::new(), gate: gate.clone(), threads: Vec::new() };
+        let mut vcpus = Self { steps: Vec::new(), throttles: Vec::new(), gate: gate.clone(), threads: Vec::new() };
         for index in 0..count as usize {
             let steps = Arc::new(AtomicU64::new(0));
-            let vcpu = Vcpu { index, steps: steps.clone(), identity: identity.clone(), block: block.clone() };
+            let throttle = Arc::new(Throttle::default());
+            let (identity, block) = (identity.clone(), block.clone());
+            let vcpu = Vcpu { index, steps: steps.clone(), throttle: throttle.clone(), identity, block };
             vcpus.spawn(format!("vcpu {index}"), move |gate| vcpu.run(gate))?;
             vcpus.steps.push(steps);
+            vcpus.throttles.push(throttle);
         }
         let device = device.clone();
         vcpus.spawn("device".into(), move |gate| {
@@ -85,6 +86,11 @@ impl Vcpus {
             steps.store(*value, Ordering::Release);
         }
     }
+
+    pub(super) fn set_throttle(&self, percent: &[u8]) {
+        self.throttles.iter().zip(percent).for_each(|(throttle, percent)| throttle.set(*percent));
+        self.gate.nudge();
+    }
 }
 
 impl Drop for Vcpus {
@@ -100,6 +106,7 @@ struct Vcpu {
     index: usize,
     /// Steps done; a step counts when its write is complete.
     steps: Arc<AtomicU64>,
+    throttle: Arc<Throttle>,
     identity: Arc<RwLock<Option<Identity>>>,
     block: RamBlock,
 }
@@ -124,7 +131,7 @@ impl Vcpu {
             let nanoseconds = u128::from(vcpus) * PAGE_BYTES as u128 * 1_000_000_000 / u128::from(rate.max(1));
             Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
         });
-        let mut due = Instant::now();
+        let mut schedule = Schedule::new(gate, &self.throttle, pace);
         let mut page = [0; PAGE_BYTES];
         let written = content::written_bytes(*content);
         while gate.is_open() {
@@ -136,15 +143,7 @@ impl Vcpu {
                 return;
             }
             self.steps.store(step, Ordering::Release);
-            if let Some(pace) = pace {
-                due += pace;
-                let now = Instant::now();
-                if due > now + BATCH {
-                    gate.sleep(due);
-                } else if let Some(earliest) = now.checked_sub(BACKLOG) {
-                    due = due.max(earliest);
-                }
-            }
+            schedule.step();
         }
     }
 }

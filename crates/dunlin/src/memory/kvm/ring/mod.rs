@@ -109,6 +109,8 @@ struct Cursor {
     next: u32,
     /// Entries read and not yet free again.
     read: u32,
+    /// Entries ever read.
+    total: u64,
     /// Times in a row that the ring was said to be full and had nothing in it.
     nothing: u32,
 }
@@ -209,6 +211,12 @@ impl KvmDirtyRings {
         self.times_full.load(Ordering::Relaxed)
     }
 
+    /// How many pages have come out of each vCPU's ring since the VM was made: those that it was the first to write after they
+    /// were protected. Only writes are counted that a tracker waits for.
+    pub fn pages_read(&self) -> Vec<u64> {
+        self.state().cursors.iter().map(|cursor| cursor.total).collect()
+    }
+
     /// Whether KVM has gone over the end of a ring, so that a tracker on them cannot be started any more.
     pub fn are_lost(&self) -> bool {
         self.state().lost
@@ -304,6 +312,7 @@ impl KvmDirtyRings {
             entry.flags.store(sys::ENTRY_RESET, Ordering::Release);
             cursor.next = cursor.next.wrapping_add(1);
             cursor.read = cursor.read.saturating_add(1);
+            cursor.total = cursor.total.saturating_add(1);
         }
         true
     }
