@@ -195,6 +195,11 @@ impl Guest {
         self.throttle.set_migration(percent);
     }
 
+    /// What the migration under way asks for; empty for nothing.
+    pub(crate) fn throttled_for_migration(&self) -> Vec<u8> {
+        self.throttle.of_migration()
+    }
+
     fn must_be_here(state: &State) -> Result<(), GuestError> {
         match state.ownership {
             Ownership::Here => Ok(()),

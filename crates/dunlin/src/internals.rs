@@ -1,7 +1,12 @@
-//! Page kinds and parsers on their own, for this project's benches and fuzz targets. Nothing here is a promise: it is
-//! there only with the feature `internals`.
+//! Page kinds and parsers on their own, and ways of migrating to compare with, for this project's benches and fuzz targets.
+//! Nothing here is a promise: it is there only with the feature `internals`.
 
+use std::sync::Arc;
 use std::time::Duration;
+
+use crate::error::MigrationError;
+use crate::source::ThrottlePolicy;
+use crate::{Guest, Parameters, Source, Uri};
 
 use crate::memory::{MemoryError, RamBlock};
 use crate::page::{self, Compression, Decoder, Encoder, Encodings, Link, Out, PageKind};
@@ -153,4 +158,18 @@ pub fn parse_frame(bytes: &[u8], block_bytes: &[u64]) -> bool {
         }
         Err(_) => false,
     }
+}
+
+/// As [`Source::start`], but `auto-converge` slows all vCPUs alike and step by step, as QEMU 10 does: when two rounds have left
+/// more than `throttle-trigger-threshold` percent of what they sent dirty, by `cpu-throttle-initial`, and then by
+/// `cpu-throttle-increment` more each time, up to `max-cpu-throttle`.
+///
+/// # Errors
+/// As [`Source::start`].
+pub fn start_with_fixed_steps(
+    guest: &Arc<Guest>,
+    uri: &Uri,
+    parameters: &Parameters,
+) -> Result<Source, MigrationError> {
+    Source::start_with(guest, uri, parameters, ThrottlePolicy::FixedSteps)
 }

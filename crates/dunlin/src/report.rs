@@ -105,6 +105,12 @@ pub struct Report {
     pub dirty_bytes_per_second: u64,
     /// Why the migration is not converging, in a sentence, while it is not.
     pub not_converging: Option<String>,
+    /// What auto-converge takes of each vCPU's time at present, in percent; empty while it takes none.
+    #[serde(default)]
+    pub vcpu_throttle_percent: Vec<u8>,
+    /// The most that it has taken of each, in percent; empty if it never took any.
+    #[serde(default)]
+    pub max_vcpu_throttle_percent: Vec<u8>,
     /// Every data channel.
     pub channels: Vec<ChannelReport>,
     /// CPU time of the engine's threads on each side, where known.
@@ -137,6 +143,8 @@ impl Report {
             bandwidth_bytes_per_second: 0,
             dirty_bytes_per_second: 0,
             not_converging: None,
+            vcpu_throttle_percent: Vec::new(),
+            max_vcpu_throttle_percent: Vec::new(),
             channels: Vec::new(),
             cpu_seconds: CpuSeconds::default(),
             refused_connections: RefusedConnections::default(),

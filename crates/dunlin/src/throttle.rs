@@ -113,6 +113,11 @@ impl Throttle {
         }
     }
 
+    /// What the migration asks for; empty for nothing.
+    pub(crate) fn of_migration(&self) -> Vec<u8> {
+        lock(&self.demands).migration.clone()
+    }
+
     /// Every vCPU's; empty where they cannot be throttled.
     pub(crate) fn all(&self) -> Vec<VcpuThrottle> {
         let count = self.machine.vcpus().map_or(0, Vcpus::count);

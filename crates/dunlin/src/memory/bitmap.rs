@@ -85,7 +85,7 @@ impl DirtyBitmap {
     }
 
     /// Marks in `other` what is dirty here.
-    pub(super) fn add_to(&self, other: &Self) {
+    pub(crate) fn add_to(&self, other: &Self) {
         for (index, summary) in self.summary.iter().enumerate() {
             for bit in bits(summary.load(Ordering::SeqCst)) {
                 let number = index * WORD_BITS + bit;

@@ -90,7 +90,7 @@ pub(super) fn bandwidth(rounds: &[RoundFigures], max_bandwidth: u64) -> u64 {
 
 /// Bytes that RAM dirtied again takes on the way, for each of its own: below 1 where pages travel as deltas or
 /// compressed. The first round, of all of RAM, does not tell.
-fn encoded_part(rounds: &[RoundFigures]) -> f64 {
+pub(super) fn encoded_part(rounds: &[RoundFigures]) -> f64 {
     match rounds {
         [_, .., last] if last.ram_bytes > 0 => (last.transferred_bytes as f64 / last.ram_bytes as f64).min(1.0),
         _ => 1.0,

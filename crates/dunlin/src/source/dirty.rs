@@ -55,6 +55,30 @@ impl DirtyRam {
         Ok((dirty_bytes, rate as u64))
     }
 
+    /// Begins to look at what becomes dirty from here on: all that was written before is in the bitmaps.
+    pub(super) fn begin_window(&self) -> Result<(), Cause> {
+        for (index, bitmap) in self.bitmaps.iter().enumerate() {
+            let bytes = (bitmap.pages() as u64).saturating_mul(PAGE_SIZE);
+            self.tracker.rearm(index, 0..bytes, bitmap)?;
+            (0..bitmap.chunks()).for_each(|chunk| self.armed(index, chunk));
+        }
+        Ok(())
+    }
+
+    /// The bytes that have become dirty since, each page once. They are in the bitmaps as well from here on.
+    pub(super) fn end_window(&self) -> Result<u64, Cause> {
+        let (mut fresh_bytes, mut dirty_bytes) = (0u64, 0u64);
+        for (index, bitmap) in self.bitmaps.iter().enumerate() {
+            let fresh = DirtyBitmap::new((bitmap.pages() as u64).saturating_mul(PAGE_SIZE));
+            self.tracker.sync(index, &fresh)?;
+            fresh.add_to(bitmap);
+            fresh_bytes = fresh_bytes.saturating_add(fresh.count().saturating_mul(PAGE_SIZE));
+            dirty_bytes = dirty_bytes.saturating_add(bitmap.count().saturating_mul(PAGE_SIZE));
+        }
+        self.remaining_bytes.store(dirty_bytes, Ordering::Relaxed);
+        Ok(fresh_bytes)
+    }
+
     /// The chunk of that block has been re-armed just now.
     pub(super) fn armed(&self, block: usize, chunk: usize) {
         if let Some(armed) = self.armed.get(block).and_then(|armed| armed.get(chunk)) {

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
+use super::auto_converge::AutoConverge;
 use super::contention::Contention;
 use super::convergence::{self, Costs, Decision, RoundFigures, Verdict};
 use super::dirty::DirtyRam;
@@ -34,7 +35,8 @@ pub(super) struct Migration<'a> {
     pub(super) control: Control,
     pub(super) workers: Workers,
     pub(super) common: Arc<Common>,
-    rounds: Vec<RoundFigures>,
+    pub(super) rounds: Vec<RoundFigures>,
+    pub(super) auto_converge: AutoConverge,
     last_sync: Duration,
     contention: Contention,
     /// Channels on which the destination has everything of the present round.
@@ -90,6 +92,7 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
         workers,
         common,
         rounds: Vec::new(),
+        auto_converge: AutoConverge::new(shared.throttling),
         last_sync: Duration::ZERO,
         contention: Contention::new(),
         acknowledged: 0,
@@ -126,15 +129,19 @@ impl Migration<'_> {
             let verdict = self.end_round(number, duration)?;
             match verdict.decision {
                 Decision::SwitchOver => return Ok(number),
-                Decision::AnotherRound if verdict.fixed_too_long => self.idle(NOTHING_TO_GAIN, number)?,
-                Decision::AnotherRound => {}
+                Decision::AnotherRound => {
+                    self.throttle(number, &verdict)?;
+                    if verdict.fixed_too_long {
+                        self.idle(NOTHING_TO_GAIN, number)?;
+                    }
+                }
             }
         }
         Err(Cause::Unexpected { message: "too many rounds", expected: "convergence" })
     }
 
     /// Lets time pass.
-    fn idle(&mut self, duration: Duration, number: u32) -> Result<(), Cause> {
+    pub(super) fn idle(&mut self, duration: Duration, number: u32) -> Result<(), Cause> {
         let until = Instant::now() + duration;
         while let Ok(event) = self.incoming.recv_timeout(until.saturating_duration_since(Instant::now())) {
             match self.shared.sorted(event, &self.control)? {
@@ -228,7 +235,9 @@ impl Migration<'_> {
         let speedup_when_stopped = self.contention.factor(self.shared.cpu.total());
         let fixed = PAUSE_SAVE_LOAD_RESUME + self.last_sync + round_trip * 2;
         let verdict = convergence::decide(&self.rounds, &Costs { fixed, max_bandwidth, speedup_when_stopped }, limit);
-        let not_converging = verdict.not_converging.then(|| why_not(&verdict, dirty_bytes, dirty_rate, fixed, limit));
+        let advice = || self.auto_converge.advice(self.shared);
+        let not_converging =
+            verdict.not_converging.then(|| why_not(&verdict, dirty_bytes, dirty_rate, fixed, limit, &advice()));
         lock(&self.shared.report).not_converging.clone_from(&not_converging);
         let round = RoundDone {
             number,
@@ -242,7 +251,7 @@ impl Migration<'_> {
             predicted_downtime: verdict.predicted,
             downtime_limit: limit,
             delta: self.shared.delta_counts(),
-            throttle: Vec::new(),
+            throttle: self.shared.guest.throttled_for_migration(),
             not_converging: not_converging.unwrap_or_default(),
         };
         self.report_round(&round);
@@ -282,7 +291,14 @@ impl Migration<'_> {
 }
 
 /// Why rounds bring nothing, in a sentence.
-fn why_not(verdict: &Verdict, dirty_bytes: u64, dirty_rate: u64, fixed: Duration, limit: Duration) -> String {
+fn why_not(
+    verdict: &Verdict,
+    dirty_bytes: u64,
+    dirty_rate: u64,
+    fixed: Duration,
+    limit: Duration,
+    advice: &str,
+) -> String {
     let limit = limit.as_secs_f64() * 1e3;
     if verdict.fixed_too_long {
         return format!(
@@ -293,7 +309,7 @@ fn why_not(verdict: &Verdict, dirty_bytes: u64, dirty_rate: u64, fixed: Duration
     }
     format!(
         "the guest dirties {}/s while {}/s can be sent; after each round {} are dirty again, which would stop it for \
-         {:.0} ms where {limit:.0} ms are allowed; raise max-bandwidth or downtime-limit, or slow the guest",
+         {:.0} ms where {limit:.0} ms are allowed; {advice}",
         format_size(dirty_rate),
         format_size(verdict.bandwidth),
         format_size(dirty_bytes),

@@ -4,6 +4,7 @@
 //! switchover), a worker a channel sends pages, a reader listens to the destination, a pulse keeps the link alive.
 //! They meet in one queue of events that the driving thread reads, and in [`Shared`], which reports are made from.
 
+mod auto_converge;
 mod contention;
 mod convergence;
 mod dirty;
@@ -12,6 +13,7 @@ mod migration;
 mod pacing;
 mod setup;
 mod switchover;
+mod throttling;
 mod versions;
 mod worker;
 mod workers;
@@ -31,6 +33,7 @@ use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
 use crate::parameters::{ParameterError, Parameters};
 use crate::report::{DeltaCounts, Report, Status};
 use crate::wire::{Message, Offer, SessionId};
+pub(crate) use auto_converge::ThrottlePolicy;
 use pacing::Pacer;
 use setup::Control;
 use worker::Common;
@@ -81,6 +84,7 @@ struct Shared {
     /// While pages are being sent.
     common: Mutex<Option<Arc<Common>>>,
     cpu: Arc<CpuTime>,
+    throttling: ThrottlePolicy,
     /// A connection on which an answer to a hello is awaited.
     greeting: Mutex<Option<Arc<Connection>>>,
     /// The quickest answer so far.
@@ -197,6 +201,9 @@ impl Shared {
         {
             report.ram.remaining_bytes = common.dirty.remaining_bytes.load(Ordering::Relaxed);
         }
+        if !report.status.is_final() {
+            report.vcpu_throttle_percent = self.guest.throttled_for_migration();
+        }
         report.guest = self.guest.place(Side::Source);
         report.downtime_limit_seconds = lock(&self.parameters).downtime_limit.as_secs_f64();
         report.channels =
@@ -239,6 +246,15 @@ impl Source {
     /// When the guest is not here, is being migrated already, or no thread can be started. Everything later is told
     /// by the report.
     pub fn start(guest: &Arc<Guest>, uri: &Uri, parameters: &Parameters) -> Result<Self, MigrationError> {
+        Self::start_with(guest, uri, parameters, ThrottlePolicy::ByNeed)
+    }
+
+    pub(crate) fn start_with(
+        guest: &Arc<Guest>,
+        uri: &Uri,
+        parameters: &Parameters,
+        throttling: ThrottlePolicy,
+    ) -> Result<Self, MigrationError> {
         let failed =
             |cause| MigrationError { side: Side::Source, phase: Phase::Setup, guest: guest.place(Side::Source), cause };
         guest.begin_outgoing().map_err(|e| failed(e.into()))?;
@@ -271,6 +287,7 @@ impl Source {
             channels: Mutex::default(),
             common: Mutex::default(),
             cpu: Arc::default(),
+            throttling,
             greeting: Mutex::default(),
             round_trip: Mutex::new(Duration::from_secs(1)),
             threads: Mutex::default(),
