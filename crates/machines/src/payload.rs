@@ -3,9 +3,12 @@
 use std::fmt;
 use std::num::NonZeroU32;
 use std::str::FromStr;
+use std::time::Duration;
 
 use dunlin::units::{parse_rate, parse_size};
 use serde::{Deserialize, Serialize};
+
+use crate::schedule::pace;
 
 /// A bare-metal guest: what its vCPUs do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,13 +35,45 @@ pub enum MemoryJob {
         /// Bytes a second of all vCPUs together, 4096 a page; `None` as fast as they can.
         rate_bytes_per_second: Option<u64>,
     },
+    /// The same, the first vCPU at a rate of its own.
+    Uneven {
+        /// As above.
+        working_set_bytes: u64,
+        /// As above.
+        stride_bytes: u64,
+        /// Bytes a second of the first vCPU; `None` as fast as it can.
+        rate_bytes_per_second: Option<u64>,
+        /// Bytes a second of each of the others.
+        others_bytes_per_second: u64,
+    },
+}
+
+impl MemoryJob {
+    /// The region that the vCPUs share out and the stride, in bytes, if there is one.
+    pub(crate) fn region(&self) -> Option<(u64, u64)> {
+        match *self {
+            Self::Counter => None,
+            Self::Dirty { working_set_bytes, stride_bytes, .. }
+            | Self::Uneven { working_set_bytes, stride_bytes, .. } => Some((working_set_bytes, stride_bytes)),
+        }
+    }
+
+    /// Time between two pages of that vCPU of so many; `None` if there need be none.
+    pub(crate) fn pace(&self, vcpu: usize, vcpus: u64) -> Option<Duration> {
+        match *self {
+            Self::Counter => None,
+            Self::Dirty { rate_bytes_per_second, .. } => rate_bytes_per_second.map(|rate| pace(rate, vcpus)),
+            Self::Uneven { rate_bytes_per_second, .. } if vcpu == 0 => rate_bytes_per_second.map(|rate| pace(rate, 1)),
+            Self::Uneven { others_bytes_per_second, .. } => Some(pace(others_bytes_per_second, 1)),
+        }
+    }
 }
 
 /// A payload that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "payload {text:?}: {problem}; write counter, dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s, io, timer:hz=N, or \
-     several joined by +"
+    "payload {text:?}: {problem}; write counter, dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s,others=BYTES/s, io, \
+     timer:hz=N, or several joined by +"
 )]
 pub struct PayloadError {
     /// What was given.
@@ -91,19 +126,27 @@ fn dirty(text: &str) -> Result<MemoryJob, String> {
         if whole { Ok(bytes) } else { Err(format!("{key}: {bytes} bytes are not whole pages of 4096")) }
     };
     let (mut working_set_bytes, mut stride_bytes, mut rate_bytes_per_second) = (DEFAULT_WORKING_SET, 4096, None);
+    let mut others = None;
+    let parse = |value: &str| parse_rate(value).map_err(|error| error.to_string());
     for option in options(text) {
         match option? {
             ("working-set", value) => working_set_bytes = pages("working-set", value)?,
             ("stride", value) => stride_bytes = pages("stride", value)?,
             ("rate", "max") => rate_bytes_per_second = None,
-            ("rate", value) => match parse_rate(value).map_err(|error| error.to_string())? {
+            ("others", value) => others = Some(parse(value)?),
+            ("rate", value) => match parse(value)? {
                 0 => return Err("a rate of 0: choose counter for a guest that dirties little".to_owned()),
                 rate => rate_bytes_per_second = Some(rate),
             },
             (key, _) => return Err(format!("there is no key {key:?}")),
         }
     }
-    Ok(MemoryJob::Dirty { working_set_bytes, stride_bytes, rate_bytes_per_second })
+    Ok(match others {
+        None => MemoryJob::Dirty { working_set_bytes, stride_bytes, rate_bytes_per_second },
+        Some(others_bytes_per_second) => {
+            MemoryJob::Uneven { working_set_bytes, stride_bytes, rate_bytes_per_second, others_bytes_per_second }
+        }
+    })
 }
 
 fn timer(text: &str) -> Result<NonZeroU32, String> {
@@ -131,14 +174,20 @@ impl fmt::Display for Payload {
 
 impl fmt::Display for MemoryJob {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self::Dirty { working_set_bytes, stride_bytes, rate_bytes_per_second } = self else {
-            return f.write_str("counter");
+        let (rate, others) = match self {
+            Self::Counter => (&None, None),
+            Self::Dirty { rate_bytes_per_second, .. } => (rate_bytes_per_second, None),
+            Self::Uneven { rate_bytes_per_second, others_bytes_per_second, .. } => {
+                (rate_bytes_per_second, Some(others_bytes_per_second))
+            }
         };
-        write!(f, "dirty:working-set={working_set_bytes},stride={stride_bytes}")?;
-        match rate_bytes_per_second {
-            Some(rate) => write!(f, ",rate={rate}/s"),
-            None => f.write_str(",rate=max"),
+        let Some((working_set, stride)) = self.region() else { return f.write_str("counter") };
+        write!(f, "dirty:working-set={working_set},stride={stride}")?;
+        match rate {
+            Some(rate) => write!(f, ",rate={rate}/s")?,
+            None => f.write_str(",rate=max")?,
         }
+        others.map_or(Ok(()), |others| write!(f, ",others={others}/s"))
     }
 }
 
@@ -153,6 +202,7 @@ mod tests {
             "dirty",
             "dirty:rate=1M/s",
             "dirty:working-set=1M,stride=8K,rate=max",
+            "dirty:rate=max,others=1M/s",
             "io",
             "timer",
             "io+dirty+timer:hz=250",

@@ -25,6 +25,12 @@ const BACKLOG: Duration = Duration::from_millis(20);
 /// The most that a vCPU is throttled.
 const MAX_PERCENT: u8 = 99;
 
+/// Time between two steps of 4096 bytes of each of so many vCPUs that come to `rate` bytes a second together.
+pub(crate) fn pace(rate: u64, vcpus: u64) -> Duration {
+    let nanoseconds = u128::from(vcpus) * 4096 * 1_000_000_000 / u128::from(rate.max(1));
+    Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
+}
+
 /// How much a vCPU is slowed, in percent of its time.
 #[derive(Debug, Default)]
 pub(crate) struct Throttle(AtomicU8);

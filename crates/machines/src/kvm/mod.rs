@@ -16,7 +16,6 @@ mod verify;
 mod x86;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Duration;
 
 use dunlin::memory::{DirtyBitmap, DirtyTracker, Ram, RamBlock};
 use dunlin::{Machine, MachineError, StateSection};
@@ -39,7 +38,6 @@ use x86::features::{self, Leaf};
 use x86::{Host, Program, Progress, VcpuState, VmState};
 
 use crate::device_config::DeviceConfig;
-use crate::payload::MemoryJob;
 use crate::sections::{StateError, check_known, decode_profile, encode_profile, find, same, section};
 use crate::synthetic::fill::fill_pages;
 use crate::{Backing, DirtyTracking, Fill, Payload};
@@ -290,15 +288,9 @@ impl KvmMachine {
             Content::Known(known) => known.program.payload.memory.clone(),
             Content::Unknown => None,
         };
-        let rate = match memory_job {
-            Some(MemoryJob::Dirty { rate_bytes_per_second, .. }) => rate_bytes_per_second,
-            _ => None,
-        };
-        let pace = rate.map(|rate| {
-            let nanoseconds = u128::from(self.count) * 4096 * 1_000_000_000 / u128::from(rate.max(1));
-            Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
-        });
-        self.vcpus.all().iter().for_each(|vcpu| vcpu.set_pace(pace));
+        for (number, vcpu) in self.vcpus.all().iter().enumerate() {
+            vcpu.set_pace(memory_job.as_ref().and_then(|job| job.pace(number, u64::from(self.count))));
+        }
         *self.identity.write().unwrap_or_else(PoisonError::into_inner) = Some(identity);
     }
 

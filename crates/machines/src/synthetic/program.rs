@@ -28,10 +28,8 @@ pub(super) struct Program {
 impl Program {
     /// The program of so many vCPUs on so much memory.
     pub(super) fn new(workload: Workload, seed: u64, vcpus: u32, memory_bytes: u64) -> Self {
-        let bytes = match &workload {
-            Workload::Idle => 0,
-            Workload::Writes { working_set_bytes, .. } => working_set_bytes.unwrap_or(u64::MAX).min(memory_bytes),
-        };
+        let writes = workload.writes();
+        let bytes = writes.map_or(0, |writes| writes.working_set_bytes.unwrap_or(u64::MAX).min(memory_bytes));
         Self { workload, seed, vcpus: u64::from(vcpus), pages: bytes / super::PAGE_BYTES as u64 }
     }
 
@@ -54,18 +52,16 @@ impl Program {
     pub(super) fn page(&self, vcpu_seed: u64, step: u64, pages: u64) -> u64 {
         let random = mix(vcpu_seed ^ step.wrapping_mul(0xD6E8_FEB8_6659_FD93));
         let pick = |random: u64, among: u64| ((u128::from(random) * u128::from(among)) >> 64) as u64;
-        match &self.workload {
-            Workload::Idle => 0,
-            Workload::Writes { pattern, .. } => match pattern {
-                Pattern::Uniform => pick(random, pages),
-                Pattern::Sequential => step % pages.max(1),
-                Pattern::Zipf => scatter(zipf_rank(random, pages), pages),
-                Pattern::HotCold => {
-                    let hot = (pages / 10).max(1).min(pages);
-                    let place = mix(random);
-                    if random % 10 < 9 || hot == pages { pick(place, hot) } else { hot + pick(place, pages - hot) }
-                }
-            },
+        match self.workload.writes().map(|writes| writes.pattern) {
+            None => 0,
+            Some(Pattern::Uniform) => pick(random, pages),
+            Some(Pattern::Sequential) => step % pages.max(1),
+            Some(Pattern::Zipf) => scatter(zipf_rank(random, pages), pages),
+            Some(Pattern::HotCold) => {
+                let hot = (pages / 10).max(1).min(pages);
+                let place = mix(random);
+                if random % 10 < 9 || hot == pages { pick(place, hot) } else { hot + pick(place, pages - hot) }
+            }
         }
     }
 }

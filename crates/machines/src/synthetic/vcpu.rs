@@ -13,7 +13,7 @@ use crate::schedule::{Schedule, Throttle};
 
 use super::content;
 use super::device::Device;
-use super::workload::Workload;
+use super::workload::Writes;
 use super::{Identity, PAGE_BYTES};
 
 /// Between two ticks of the device.
@@ -119,25 +119,19 @@ impl Vcpu {
         let Some(Identity { program, .. }) = identity else { return gate.sleep(far()) };
         let slice = program.slice(self.index);
         let pages = slice.end.saturating_sub(slice.start);
-        let Workload::Writes { rate_bytes_per_second, content, .. } = &program.workload else {
-            return gate.sleep(far());
-        };
+        let Some(Writes { content, .. }) = program.workload.writes() else { return gate.sleep(far()) };
         if pages == 0 {
             return gate.sleep(far());
         }
         let seed = program.vcpu_seed(self.index);
-        let vcpus = program.vcpus();
-        let pace = rate_bytes_per_second.map(|rate| {
-            let nanoseconds = u128::from(vcpus) * PAGE_BYTES as u128 * 1_000_000_000 / u128::from(rate.max(1));
-            Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
-        });
+        let pace = program.workload.pace(self.index, program.vcpus());
         let mut schedule = Schedule::new(gate, &self.throttle, pace);
         let mut page = [0; PAGE_BYTES];
-        let written = content::written_bytes(*content);
+        let written = content::written_bytes(content);
         while gate.is_open() {
             let step = self.steps.load(Ordering::Relaxed) + 1;
             let number = slice.start + program.page(seed, step, pages);
-            content::write(*content, seed, number, step, &mut page);
+            content::write(content, seed, number, step, &mut page);
             let bytes = page.get(..written).unwrap_or_default();
             if self.block.write(number * PAGE_BYTES as u64, bytes).is_err() {
                 return;

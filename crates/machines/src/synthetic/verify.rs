@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::content::{self, Page};
 use super::device::Device;
 use super::program::Program;
-use super::workload::{Content, Workload};
+use super::workload::Content;
 use super::{Identity, PAGE_BYTES, SyntheticError, system};
 
 /// Faults that a report describes; all are counted.
@@ -173,10 +173,7 @@ pub(super) fn verify(
 ) -> Result<VerifyReport, SyntheticError> {
     let program = &identity.program;
     let pages = block.size_bytes() / PAGE_BYTES as u64;
-    let content = match &program.workload {
-        Workload::Idle => None,
-        Workload::Writes { content, .. } => Some(*content),
-    };
+    let content = program.workload.writes().map(|writes| writes.content);
     let lasts = in_parallel(steps.iter().enumerate().map(|(vcpu, steps)| move || replay(program, vcpu, *steps)))?;
     let mut parts: Vec<(Part<'_>, std::ops::Range<u64>)> = Vec::new();
     let mut next = 0;

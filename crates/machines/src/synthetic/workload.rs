@@ -2,9 +2,12 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use dunlin::units::{parse_rate, parse_size};
 use serde::{Deserialize, Serialize};
+
+use crate::schedule::pace;
 
 /// Which page a step writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +51,50 @@ pub enum Workload {
         /// What.
         content: Content,
     },
+    /// The same, the first vCPU at a rate of its own.
+    Uneven {
+        /// Which.
+        pattern: Pattern,
+        /// Bytes a second of the first vCPU, 4096 a step; `None` as fast as it can.
+        rate_bytes_per_second: Option<u64>,
+        /// Bytes a second of each of the others.
+        others_bytes_per_second: u64,
+        /// As above.
+        working_set_bytes: Option<u64>,
+        /// What.
+        content: Content,
+    },
+}
+
+/// What vCPUs that write have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Writes {
+    pub(super) pattern: Pattern,
+    pub(super) working_set_bytes: Option<u64>,
+    pub(super) content: Content,
+}
+
+impl Workload {
+    /// What is written, if something is.
+    pub(super) fn writes(&self) -> Option<Writes> {
+        match *self {
+            Self::Idle => None,
+            Self::Writes { pattern, working_set_bytes, content, .. }
+            | Self::Uneven { pattern, working_set_bytes, content, .. } => {
+                Some(Writes { pattern, working_set_bytes, content })
+            }
+        }
+    }
+
+    /// Time between two steps of that vCPU of so many; `None` if there need be none.
+    pub(super) fn pace(&self, vcpu: usize, vcpus: u64) -> Option<Duration> {
+        match *self {
+            Self::Idle => None,
+            Self::Writes { rate_bytes_per_second, .. } => rate_bytes_per_second.map(|rate| pace(rate, vcpus)),
+            Self::Uneven { rate_bytes_per_second, .. } if vcpu == 0 => rate_bytes_per_second.map(|rate| pace(rate, 1)),
+            Self::Uneven { others_bytes_per_second, .. } => Some(pace(others_bytes_per_second, 1)),
+        }
+    }
 }
 
 /// Rate where none is given.
@@ -65,8 +112,8 @@ const CONTENTS: [(&str, Content); 4] =
 /// A workload that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "workload {text:?}: {problem}; write idle, or pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,working-set=SIZE,\
-     content=random|text|sparse|counter"
+    "workload {text:?}: {problem}; write idle, or pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,others=BYTES/s,\
+     working-set=SIZE,content=random|text|sparse|counter"
 )]
 pub struct WorkloadError {
     /// What was given.
@@ -92,7 +139,7 @@ impl FromStr for Workload {
             return Ok(Self::Idle);
         }
         let (mut pattern, mut content) = (Pattern::Uniform, Content::Random);
-        let (mut rate, mut working_set) = (Some(DEFAULT_RATE), None);
+        let (mut rate, mut others, mut working_set) = (Some(DEFAULT_RATE), None, None);
         for part in text.split(',') {
             let (key, value) = part.split_once('=').ok_or_else(|| error(format!("{part:?} is not KEY=VALUE")))?;
             let unknown = || error(format!("there is no {key} called {value:?}"));
@@ -101,6 +148,7 @@ impl FromStr for Workload {
                 "content" => content = named(&CONTENTS, value).ok_or_else(unknown)?,
                 "rate" if value == "max" => rate = None,
                 "rate" => rate = Some(parse_rate(value).map_err(|e| error(e.to_string()))?),
+                "others" => others = Some(parse_rate(value).map_err(|e| error(e.to_string()))?),
                 "working-set" => {
                     let bytes = parse_size(value).map_err(|e| error(e.to_string()))?;
                     if bytes < 4096 {
@@ -111,27 +159,44 @@ impl FromStr for Workload {
                 _ => return Err(error(format!("there is no key {key:?}"))),
             }
         }
-        if rate == Some(0) {
+        if rate == Some(0) && others.is_none_or(|others| others == 0) {
             return Ok(Self::Idle);
         }
-        Ok(Self::Writes { pattern, rate_bytes_per_second: rate, working_set_bytes: working_set, content })
+        Ok(match others {
+            None => Self::Writes { pattern, rate_bytes_per_second: rate, working_set_bytes: working_set, content },
+            Some(others) => Self::Uneven {
+                pattern,
+                rate_bytes_per_second: rate,
+                others_bytes_per_second: others,
+                working_set_bytes: working_set,
+                content,
+            },
+        })
     }
 }
 
 impl fmt::Display for Workload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self::Writes { pattern, rate_bytes_per_second, working_set_bytes, content } = self else {
-            return f.write_str("idle");
+        let (rate, others) = match self {
+            Self::Idle => (&None, None),
+            Self::Writes { rate_bytes_per_second, .. } => (rate_bytes_per_second, None),
+            Self::Uneven { rate_bytes_per_second, others_bytes_per_second, .. } => {
+                (rate_bytes_per_second, Some(others_bytes_per_second))
+            }
         };
-        write!(f, "pattern={}", name_of(&PATTERNS, pattern))?;
-        match rate_bytes_per_second {
+        let Some(Writes { pattern, working_set_bytes, content }) = self.writes() else { return f.write_str("idle") };
+        write!(f, "pattern={}", name_of(&PATTERNS, &pattern))?;
+        match rate {
             Some(rate) => write!(f, ",rate={rate}/s")?,
             None => f.write_str(",rate=max")?,
+        }
+        if let Some(others) = others {
+            write!(f, ",others={others}/s")?;
         }
         if let Some(bytes) = working_set_bytes {
             write!(f, ",working-set={bytes}")?;
         }
-        write!(f, ",content={}", name_of(&CONTENTS, content))
+        write!(f, ",content={}", name_of(&CONTENTS, &content))
     }
 }
 
@@ -143,7 +208,14 @@ mod tests {
     fn what_is_printed_can_be_typed() {
         for (pattern, _) in PATTERNS {
             for (content, _) in CONTENTS {
-                for rest in ["", ",rate=max", ",rate=1.5G/s", ",working-set=64M", ",working-set=1G,rate=300M/s"] {
+                for rest in [
+                    "",
+                    ",rate=max",
+                    ",rate=max,others=1M/s",
+                    ",rate=1.5G/s",
+                    ",working-set=64M",
+                    ",working-set=1G,rate=300M/s",
+                ] {
                     let workload: Workload = format!("content={content},pattern={pattern}{rest}").parse().unwrap();
                     assert_eq!(workload.to_string().parse(), Ok(workload));
                 }

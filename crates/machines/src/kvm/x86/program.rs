@@ -125,7 +125,7 @@ impl Program {
         sectors: Option<u64>,
     ) -> Result<Self, KvmError> {
         let mut slices = Vec::new();
-        if let Some(MemoryJob::Dirty { working_set_bytes, stride_bytes, .. }) = payload.memory {
+        if let Some((working_set_bytes, stride_bytes)) = payload.memory.as_ref().and_then(MemoryJob::region) {
             let room = low_bytes.saturating_sub(LOW_BYTES);
             let whole = PAGE.saturating_mul(u64::from(vcpus.max(1)));
             let part = working_set_bytes / whole * PAGE;
@@ -159,8 +159,8 @@ impl Program {
         let mut jobs = match memory {
             None => 0,
             Some(MemoryJob::Counter) => JOB_COUNTER,
-            Some(MemoryJob::Dirty { rate_bytes_per_second: None, .. }) => JOB_DIRTY,
-            Some(MemoryJob::Dirty { .. }) => JOB_DIRTY | JOB_PACED,
+            Some(job) if job.pace(vcpu, 1).is_none() => JOB_DIRTY,
+            Some(_) => JOB_DIRTY | JOB_PACED,
         };
         if timer.is_some() {
             jobs |= JOB_TIMER;
