@@ -21,7 +21,8 @@ const HARD: &str = "pattern=uniform,rate=160M/s,working-set=32M";
 
 /// With `auto-converge`, and nothing else that would help.
 fn converging(changes: &[(&str, &str)]) -> Parameters {
-    let mut all = vec![("max-bandwidth", LINK), ("auto-converge", "on"), ("downtime-limit", "200ms"), ("xbzrle", "off")];
+    let mut all =
+        vec![("max-bandwidth", LINK), ("auto-converge", "on"), ("downtime-limit", "200ms"), ("xbzrle", "off")];
     all.extend(changes);
     parameters(&all)
 }

@@ -330,6 +330,7 @@ fn of_a_migration_that_completes() {
         assert!(near(parts.ram_seconds, there.downtime_parts.unwrap().ram_seconds));
         assert_eq!((here.guest, there.guest), (GuestPlace::RunningAtDestination, GuestPlace::RunningAtDestination));
         assert_eq!(here.session, there.session);
+        assert_eq!(here.max_vcpu_throttle_percent, there.max_vcpu_throttle_percent);
     }
 }
 

@@ -47,6 +47,10 @@ pub fn report(report: &Report) -> String {
     line("device state", format_size(report.device_state_bytes));
     line("bandwidth", format!("{}/s", format_size(report.bandwidth_bytes_per_second)));
     line("dirty rate", format!("{}/s", format_size(report.dirty_bytes_per_second)));
+    if report.max_vcpu_throttle_percent.iter().any(|percent| *percent > 0) {
+        let now = percentages(&report.vcpu_throttle_percent);
+        line("throttle", format!("{now} (at most so far: {})", percentages(&report.max_vcpu_throttle_percent)));
+    }
     let cpu = [("source", report.cpu_seconds.source), ("destination", report.cpu_seconds.destination)];
     let known: Vec<String> =
         cpu.iter().filter_map(|(side, time)| Some(format!("{} at the {side}", seconds((*time)?)))).collect();
@@ -69,6 +73,18 @@ pub fn report(report: &Report) -> String {
     text.push_str(&rounds(report));
     text.push_str(&channels(report));
     text
+}
+
+/// What each vCPU is slowed by: one figure where all are alike.
+fn percentages(percent: &[u8]) -> String {
+    match (percent.iter().min(), percent.iter().max()) {
+        (None | Some(0), None | Some(0)) => "none".to_owned(),
+        (Some(least), Some(most)) if least == most => format!("{most} %"),
+        _ => {
+            let each = percent.iter().enumerate().map(|(vcpu, percent)| format!("vCPU {vcpu} by {percent} %"));
+            each.collect::<Vec<_>>().join(", ")
+        }
+    }
 }
 
 fn downtime(report: &Report) -> String {
@@ -260,6 +276,18 @@ mod tests {
         for wanted in ["it does not converge: the guest is faster", "3 (connections)", "error        source, precopy"] {
             assert!(text.contains(wanted), "{wanted:?} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn throttles() {
+        for (percent, text) in
+            [(&[][..], "none"), (&[0, 0], "none"), (&[40, 40], "40 %"), (&[0, 75], "vCPU 0 by 0 %, vCPU 1 by 75 %")]
+        {
+            assert_eq!(percentages(percent), text);
+        }
+        let mut slowed = sample();
+        slowed.max_vcpu_throttle_percent = vec![75];
+        assert!(report(&slowed).contains("throttle     none (at most so far: 75 %)\n"));
     }
 
     #[test]

@@ -139,6 +139,8 @@ impl<'a> Session<'a> {
         report.dirty_bytes_per_second = 0;
         report.downtime_parts = None;
         report.not_converging = None;
+        report.vcpu_throttle_percent.clear();
+        report.max_vcpu_throttle_percent.clear();
         report.delta = DeltaCounts::default();
         report.cpu_seconds = fresh.cpu_seconds;
         report.ram.remaining_bytes = report.ram.total_bytes;
@@ -349,6 +351,8 @@ impl<'a> Session<'a> {
         report.predicted_downtime_seconds = Some(round.predicted_downtime_seconds);
         report.downtime_limit_seconds = done.downtime_limit.as_secs_f64();
         report.delta = done.delta;
+        report.note_throttle(&done.throttle);
+        report.vcpu_throttle_percent = done.throttle;
         report.not_converging = Some(done.not_converging).filter(|why| !why.is_empty());
         report.push_round(round);
     }

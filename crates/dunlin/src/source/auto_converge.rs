@@ -125,11 +125,6 @@ impl Migration<'_> {
 
     fn set_throttle(&self, percent: &[u8]) {
         self.shared.guest.throttle_for_migration(if percent.iter().any(|p| *p > 0) { percent } else { &[] });
-        let mut report = lock(&self.shared.report);
-        let most = &mut report.max_vcpu_throttle_percent;
-        if percent.iter().any(|percent| *percent > 0) && most.len() < percent.len() {
-            most.resize(percent.len(), 0);
-        }
-        most.iter_mut().zip(percent).for_each(|(most, percent)| *most = (*most).max(*percent));
+        lock(&self.shared.report).note_throttle(percent);
     }
 }
