@@ -12,7 +12,7 @@ use dunlin_machines::CpuModel;
 use dunlin_machines::{
     Backing, DeviceConfig, DirtyTracking, DiskConfig, Fill, MemoryJob, NetConfig, Payload, SerialTarget, Workload,
 };
-use dunlin_monitor::parse_address;
+use dunlin_monitor::{Address, parse_address};
 
 /// Live migration for virtual machines.
 #[derive(Debug, Parser)]
@@ -336,9 +336,10 @@ pub struct Run {
     /// migrate-incoming says where.
     #[arg(long, value_name = "URI|defer", value_parser = incoming)]
     pub incoming: Option<Incoming>,
-    /// Where to serve QMP.
-    #[arg(long, value_name = "unix:PATH", value_parser = parse_address)]
-    pub qmp: PathBuf,
+    /// Where to serve QMP: unix:PATH, or tcp:HOST:PORT, where whoever can connect may run commands as this user; may be
+    /// repeated.
+    #[arg(long, value_name = "ADDRESS", required = true, value_parser = parse_address)]
+    pub qmp: Vec<Address>,
     /// End at once when the process of this number, the parent, does.
     #[arg(long, value_name = "PID", hide = true)]
     pub exit_with_parent: Option<u32>,
@@ -405,9 +406,9 @@ pub enum Incoming {
 
 #[derive(Debug, Args)]
 pub struct Migrate {
-    /// The machine to migrate.
-    #[arg(long, value_name = "unix:PATH", value_parser = parse_address)]
-    pub qmp: PathBuf,
+    /// The machine to migrate: unix:PATH or tcp:HOST:PORT of its QMP.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
+    pub qmp: Address,
     /// Where to: tcp:HOST:PORT, unix:PATH, fd:N or exec:COMMAND.
     #[arg(value_parser = uri)]
     pub uri: Uri,
@@ -424,9 +425,9 @@ pub struct Migrate {
 
 #[derive(Debug, Args)]
 pub struct At {
-    /// The machine.
-    #[arg(long, value_name = "unix:PATH", value_parser = parse_address)]
-    pub qmp: PathBuf,
+    /// The machine: unix:PATH or tcp:HOST:PORT of its QMP.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
+    pub qmp: Address,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
@@ -535,6 +536,8 @@ mod tests {
             "run --memory 1.5GiB --vcpus 2 --fill zero:100 --seed 7 --qmp unix:/a",
             "run --memory 2G --incoming tcp:[::1]:0 --qmp /a",
             "run --memory 2G --incoming defer --qmp unix:/a",
+            "run --memory 2G --qmp unix:/a --qmp tcp:127.0.0.1:4444",
+            "status --qmp tcp:127.0.0.1:4444",
             "migrate --qmp unix:/a tcp:localhost:4444 --set downtime-limit=100ms --detach",
             "status --qmp unix:/a --json",
             "cancel --qmp unix:/a",
@@ -575,7 +578,8 @@ mod tests {
             ("run --memory 1G --serial tty --qmp unix:/a", "stdio, file:PATH"),
             ("run --memory 1G --disk a,format=vmdk --qmp unix:/a", "format=raw|qcow2"),
             ("run --memory 1G --disk ,format=raw --qmp unix:/a", "the image's path"),
-            ("run --memory 1G --qmp tcp:localhost:1", "Unix sockets only"),
+            ("run --memory 1G --qmp tcp:localhost", "the port is missing"),
+            ("run --memory 1G --qmp vsock:1:2", "Unix sockets and TCP only"),
             ("run --memory 1G --qmp unix:/a --incoming tcp:localhost", "the port is missing"),
             ("migrate --qmp unix:/a localhost:4444", "the scheme is unknown"),
             ("migrate --qmp unix:/a", "URI"),

@@ -1,28 +1,24 @@
 //! Reaching a machine, with errors that say what to do about it.
 
 use std::io::ErrorKind;
-use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use dunlin::Report;
-use dunlin_monitor::{Client, ClientError};
+use dunlin_monitor::{Address, Client, ClientError};
 use serde_json::{Map, Value, json};
 
 use crate::args::Setting;
 
-/// Connects to the machine at `path`.
-pub fn connect(path: &Path) -> Result<Client> {
-    Client::connect(path).map_err(|error| {
+/// Connects to the machine at `address`.
+pub fn connect(address: &Address) -> Result<Client> {
+    Client::connect(address).map_err(|error| {
         let advice = match &error {
             ClientError::Connect { source, .. } => match source.kind() {
                 ErrorKind::PermissionDenied => "; it belongs to another user: become that user".to_owned(),
                 ErrorKind::ConnectionRefused => {
-                    format!(
-                        "; its process has ended: start one with `dunlin run --memory 1G --qmp unix:{}`",
-                        path.display()
-                    )
+                    format!("; its process has ended: start one with `dunlin run --memory 1G --qmp {address}`")
                 }
-                _ => format!("; start one with `dunlin run --memory 1G --qmp unix:{}`", path.display()),
+                _ => format!("; start one with `dunlin run --memory 1G --qmp {address}`"),
             },
             ClientError::Silent { .. } => "; see whether its process is stopped, or end it".to_owned(),
             _ => String::new(),

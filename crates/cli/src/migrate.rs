@@ -22,8 +22,7 @@ pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
         bail!("could not start a migration to {}: {error}{advice}", args.uri);
     }
     if args.detach {
-        let path = args.qmp.display();
-        terminal::out(&format!("migrating to {}; `dunlin status --qmp unix:{path}` tells how it goes", args.uri))?;
+        terminal::out(&format!("migrating to {}; `dunlin status --qmp {}` tells how it goes", args.uri, args.qmp))?;
         return Ok(Outcome::Success);
     }
     let mut ended = following::follow(&mut client, interrupts, &mut Progress::new()).map_err(|error| {

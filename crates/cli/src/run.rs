@@ -7,7 +7,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use dunlin::units::format_size;
 use dunlin::{Guest, GuestPlace, Machine, MachineError, Report, Side, Status, Uri};
 use dunlin_machines::{SyntheticConfig, SyntheticMachine};
-use dunlin_monitor::{Server, Verification, Vm};
+use dunlin_monitor::{Server, ShutdownCause, Verification, Vm};
 use rustix::process::{Pid, Signal};
 use serde::Serialize;
 
@@ -57,8 +57,9 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
             format!("waiting for a migration on {address}: {}", size(args))
         }
     };
-    let server = Server::start(&args.qmp, &vm)?;
-    state.push_str(&format!("; QMP at unix:{}", args.qmp.display()));
+    let servers = args.qmp.iter().map(|address| Server::start(address, &vm)).collect::<Result<Vec<_>, _>>()?;
+    let addresses: Vec<String> = servers.iter().map(|server| server.address().to_string()).collect();
+    state.push_str(&format!("; QMP at {}", addresses.join(", ")));
     terminal::out(&state)?;
     let mut teller = Teller::default();
     let mut guest_ended = None;
@@ -68,6 +69,9 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     }
     if let Some(end) = &guest_ended {
         terminal::note(&end.line);
+        vm.announce_shutdown(ShutdownCause::GuestShutdown);
+    } else if interrupts.arrived() {
+        vm.announce_shutdown(ShutdownCause::HostSignal);
     }
     if interrupts.arrived() {
         terminal::note("asked to end");
@@ -78,7 +82,7 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
             report.status, report.guest
         ));
     }
-    drop(server);
+    drop(servers);
     if let Some(end) = guest_ended {
         return Ok(Outcome::GuestEnded(end.status));
     }

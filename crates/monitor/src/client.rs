@@ -1,57 +1,64 @@
 //! The other end of the socket: what the `dunlin` command and the tests talk to a machine with.
 
+use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Read};
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::io::retry_on_intr;
+use rustix::net::{SendFlags, sockopt};
 use serde_json::{Value, json};
 
-use crate::session;
+use crate::address::Address;
+use crate::protocol;
 
 /// How long an answer may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest answer.
 const MAX_ANSWER_BYTES: u64 = 64 << 20;
+/// Events that are kept until somebody asks for them; older ones make room.
+const MAX_EVENTS: usize = 10_000;
 
 /// Why a command was not carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody is there.
-    #[error("no machine answers at unix:{}: {source}", path.display())]
+    #[error("no machine answers at {address}: {source}")]
     Connect {
         /// Where.
-        path: PathBuf,
+        address: Address,
         /// The system's answer.
         source: io::Error,
     },
     /// The connection broke.
-    #[error("lost the connection to the machine at unix:{}: {source}", path.display())]
+    #[error("lost the connection to the machine at {address}: {source}")]
     Io {
         /// Where.
-        path: PathBuf,
+        address: Address,
         /// The system's answer.
         source: io::Error,
     },
     /// The machine closed the connection.
-    #[error("the machine at unix:{} closed the connection", path.display())]
+    #[error("the machine at {address} closed the connection")]
     Closed {
         /// Where.
-        path: PathBuf,
+        address: Address,
     },
     /// No answer came in time.
-    #[error("the machine at unix:{} did not answer within {after:?}", path.display())]
+    #[error("the machine at {address} did not answer within {after:?}")]
     Silent {
         /// Where.
-        path: PathBuf,
+        address: Address,
         /// How long was waited.
         after: Duration,
     },
     /// The answer is not QMP.
-    #[error("what answers at unix:{} does not speak QMP: {problem}", path.display())]
+    #[error("what answers at {address} does not speak QMP: {problem}")]
     NotQmp {
         /// Where.
-        path: PathBuf,
+        address: Address,
         /// What came instead.
         problem: String,
     },
@@ -68,20 +75,46 @@ pub enum ClientError {
 /// A connection to a machine's QMP socket, ready for commands.
 #[derive(Debug)]
 pub struct Client {
-    path: PathBuf,
-    reader: BufReader<UnixStream>,
+    address: Address,
+    reader: BufReader<Socket>,
+    /// The beginning of a line whose end has not come yet.
+    partial: Vec<u8>,
     next_id: u64,
+    events: VecDeque<Value>,
+}
+
+/// A connected stream socket of either kind.
+#[derive(Debug)]
+struct Socket(OwnedFd);
+
+impl Read for Socket {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        Ok(rustix::io::read(&self.0, buffer)?)
+    }
 }
 
 impl Client {
-    /// Connects and negotiates.
+    /// Connects to `address`, which may be a path, and negotiates.
     ///
     /// # Errors
     /// When no machine answers there.
-    pub fn connect(path: &Path) -> Result<Self, ClientError> {
-        let connected = UnixStream::connect(path);
-        let stream = connected.map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
-        let mut client = Self { path: path.to_owned(), reader: BufReader::new(stream), next_id: 0 };
+    pub fn connect(address: impl Into<Address>) -> Result<Self, ClientError> {
+        let address = address.into();
+        let connected = match &address {
+            Address::Unix(path) => UnixStream::connect(path).map(OwnedFd::from),
+            Address::Tcp { host, port } => TcpStream::connect((host.as_str(), *port)).and_then(|stream| {
+                stream.set_nodelay(true)?;
+                Ok(stream.into())
+            }),
+        };
+        let socket = connected.map_err(|source| ClientError::Connect { address: address.clone(), source })?;
+        let mut client = Self {
+            address,
+            reader: BufReader::new(Socket(socket)),
+            partial: Vec::new(),
+            next_id: 0,
+            events: VecDeque::new(),
+        };
         let greeting = client.read(TIMEOUT, Instant::now())?;
         if let Some(refused) = refusal(&greeting) {
             return Err(refused);
@@ -109,14 +142,13 @@ impl Client {
         let begun = Instant::now();
         self.next_id += 1;
         let id = Value::from(self.next_id);
-        let stream = self.reader.get_ref();
-        stream.set_write_timeout(Some(timeout)).map_err(|source| self.io(source))?;
-        session::send(stream, &json!({"execute": command, "arguments": arguments, "id": id}))
-            .map_err(|source| self.failed(source, timeout))?;
+        let request = json!({"execute": command, "arguments": arguments, "id": id});
+        self.write(timeout, &protocol::line(&request)).map_err(|source| self.failed(source, timeout))?;
         loop {
             let mut answer = self.read(timeout, begun)?;
-            // Events and answers to commands that were given up on.
             if answer.get("id") != Some(&id) {
+                // An event, or the answer to a command that was given up on.
+                self.keep_event(answer);
                 continue;
             }
             if let Some(refused) = refusal(&answer) {
@@ -127,47 +159,86 @@ impl Client {
         }
     }
 
+    /// The next event that has come, or comes within `timeout`; none if none does.
+    ///
+    /// # Errors
+    /// When the connection has ended.
+    pub fn next_event(&mut self, timeout: Duration) -> Result<Option<Value>, ClientError> {
+        let begun = Instant::now();
+        while self.events.is_empty() {
+            match self.read(timeout, begun) {
+                Ok(line) => self.keep_event(line),
+                Err(ClientError::Silent { .. }) => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(self.events.pop_front())
+    }
+
     /// Waits until the machine closes the connection, as its process does when it ends; tells whether it did.
     pub fn wait_until_closed(&mut self, timeout: Duration) -> bool {
         let begun = Instant::now();
         loop {
             match self.read(timeout, begun) {
-                Ok(_) => {}
+                Ok(line) => self.keep_event(line),
                 Err(error) => return !matches!(error, ClientError::Silent { .. }),
             }
         }
     }
 
+    fn keep_event(&mut self, line: Value) {
+        if line.get("event").is_some() {
+            if self.events.len() >= MAX_EVENTS {
+                self.events.pop_front();
+            }
+            self.events.push_back(line);
+        }
+    }
+
+    fn write(&self, timeout: Duration, mut bytes: &[u8]) -> io::Result<()> {
+        let socket = &self.reader.get_ref().0;
+        sockopt::set_socket_timeout(socket, sockopt::Timeout::Send, Some(timeout))?;
+        while !bytes.is_empty() {
+            let sent = retry_on_intr(|| rustix::net::send(socket, bytes, SendFlags::NOSIGNAL))?;
+            bytes = bytes.get(sent..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
     fn read(&mut self, timeout: Duration, begun: Instant) -> Result<Value, ClientError> {
-        let left = timeout.saturating_sub(begun.elapsed()).max(Duration::from_millis(1));
-        self.reader.get_ref().set_read_timeout(Some(left)).map_err(|source| self.io(source))?;
-        let mut line = Vec::new();
-        let read = (&mut self.reader).take(MAX_ANSWER_BYTES).read_until(b'\n', &mut line);
-        read.map_err(|source| self.failed(source, timeout))?;
-        if line.is_empty() {
-            return Err(ClientError::Closed { path: self.path.clone() });
+        let read = self.read_line(timeout, begun);
+        let ended = read.map_err(|source| self.failed(source, timeout))?;
+        let line = std::mem::take(&mut self.partial);
+        if line.is_empty() || ended == 0 {
+            return Err(ClientError::Closed { address: self.address.clone() });
         }
         serde_json::from_slice(&line).map_err(|error| self.not_qmp(&error.to_string()))
     }
 
-    fn io(&self, source: io::Error) -> ClientError {
-        ClientError::Io { path: self.path.clone(), source }
+    /// Reads up to the end of a line. What was read when time runs out is the beginning of the next.
+    fn read_line(&mut self, timeout: Duration, begun: Instant) -> io::Result<usize> {
+        loop {
+            let left = timeout.saturating_sub(begun.elapsed()).max(Duration::from_millis(1));
+            sockopt::set_socket_timeout(&self.reader.get_ref().0, sockopt::Timeout::Recv, Some(left))?;
+            let room = MAX_ANSWER_BYTES.saturating_sub(self.partial.len() as u64);
+            let read = (&mut self.reader).take(room).read_until(b'\n', &mut self.partial)?;
+            if read == 0 || self.partial.ends_with(b"\n") {
+                return Ok(read);
+            }
+        }
     }
 
     fn failed(&self, source: io::Error, after: Duration) -> ClientError {
+        let address = self.address.clone();
         match source.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                ClientError::Silent { path: self.path.clone(), after }
-            }
-            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
-                ClientError::Closed { path: self.path.clone() }
-            }
-            _ => self.io(source),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => ClientError::Silent { address, after },
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => ClientError::Closed { address },
+            _ => ClientError::Io { address, source },
         }
     }
 
     fn not_qmp(&self, problem: &str) -> ClientError {
-        ClientError::NotQmp { path: self.path.clone(), problem: problem.to_owned() }
+        ClientError::NotQmp { address: self.address.clone(), problem: problem.to_owned() }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Bytes of a client to JSON texts, by JSON's own syntax: several may stand on a line, one may span lines.
 //!
 //! Nothing here understands JSON beyond brackets and strings. What must stay true: at most [`MAX_BYTES`] are held, and
-//! whatever comes, reading goes on at the next line.
+//! whatever comes, reading goes on at the next line, or behind the next byte 0xFF, by which clients start afresh.
 
 /// The longest command.
 pub(crate) const MAX_BYTES: usize = 1 << 20;
@@ -11,14 +11,16 @@ const MAX_DEPTH: usize = 1024;
 /// Bytes that cannot become a JSON text. The rest of their line is skipped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum FramingError {
-    #[error("it is longer than {MAX_BYTES} bytes")]
+    #[error("it is longer than {MAX_BYTES} bytes; the rest of the line is skipped")]
     TooLong,
-    #[error("it is nested deeper than {MAX_DEPTH} levels")]
+    #[error("it is nested deeper than {MAX_DEPTH} levels; the rest of the line is skipped")]
     TooDeep,
-    #[error("a bracket does not match")]
+    #[error("a bracket does not match; the rest of the line is skipped")]
     Bracket,
-    #[error("a string is not closed on its line")]
+    #[error("a string is not closed on its line; what it began is skipped")]
     OpenString,
+    #[error("stray byte 0xFF; what came before it is skipped")]
+    Reset,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +36,9 @@ enum Place {
     /// In the rest of a line that is lost.
     Skipping,
 }
+
+/// In no JSON text and no UTF-8: a client sends it so that what it sends next is not the middle of something.
+const RESET: u8 = 0xff;
 
 /// Finds where JSON texts begin and end.
 #[derive(Debug)]
@@ -51,6 +56,10 @@ impl Splitter {
 
     /// Takes one byte; gives a text when it is the last of one.
     pub(crate) fn push(&mut self, byte: u8) -> Option<Result<Vec<u8>, FramingError>> {
+        if byte == RESET {
+            drop(self.finish());
+            return Some(Err(FramingError::Reset));
+        }
         match self.place {
             Place::Skipping => {
                 if byte == b'\n' {
@@ -139,6 +148,9 @@ mod tests {
         assert_eq!(split(b"}}\n{}"), [Ok("}}".into()), Ok("{}".into())]);
         let long = [vec![b'['; 1], vec![b' '; 2 * MAX_BYTES], b"]\n{}".to_vec()].concat();
         assert_eq!(split(&long), [Err(FramingError::TooLong), Ok("{}".into())]);
+        let reset = b"{\"a\": \"\xff{}\xff[\xff\xff{}";
+        let error = || Err(FramingError::Reset);
+        assert_eq!(split(reset), [error(), Ok("{}".into()), error(), error(), error(), Ok("{}".into())]);
         let deep = [vec![b'['; 10_000], b"\n{}".to_vec()].concat();
         assert_eq!(split(&deep), [Err(FramingError::TooDeep), Ok("{}".into())]);
     }

@@ -4,17 +4,79 @@
 
 use std::path::Path;
 
-use dunlin::{Report, Status, Uri};
+use dunlin::parameters::Switch;
+use dunlin::{Parameters, Report, Side, Status, Uri};
 use serde_json::{Map, Value, json};
+
+use crate::schema::{Object, Type, optional, required};
+use crate::types::{MIGRATION_STATUS, SOCKET_ADDRESS};
 
 const PAGE_SIZE: u64 = 4096;
 
+/// QEMU's `MigrationInfo`, as far as there is something to say.
+pub(crate) static MIGRATION_INFO: Object = Object::of(
+    "MigrationInfo",
+    &[
+        optional("status", MIGRATION_STATUS),
+        optional("ram", Type::Object(&MIGRATION_STATS)),
+        optional("xbzrle-cache", Type::Object(&XBZRLE_CACHE_STATS)),
+        optional("total-time", Type::Int),
+        optional("expected-downtime", Type::Int),
+        optional("downtime", Type::Int),
+        optional("setup-time", Type::Int),
+        optional("error-desc", Type::Str),
+        optional("socket-address", Type::Array(&Type::Object(&SOCKET_ADDRESS))),
+    ],
+);
+
+static MIGRATION_STATS: Object = Object::of(
+    "MigrationStats",
+    &[
+        required("transferred", Type::Int),
+        required("remaining", Type::Int),
+        required("total", Type::Int),
+        required("duplicate", Type::Int),
+        required("normal", Type::Int),
+        required("normal-bytes", Type::Int),
+        required("dirty-pages-rate", Type::Int),
+        required("mbps", Type::Number),
+        required("dirty-sync-count", Type::Int),
+        required("postcopy-requests", Type::Int),
+        required("page-size", Type::Int),
+        required("multifd-bytes", Type::Int),
+        required("pages-per-second", Type::Int),
+        required("precopy-bytes", Type::Int),
+        required("downtime-bytes", Type::Int),
+        required("postcopy-bytes", Type::Int),
+        required("dirty-sync-missed-zero-copy", Type::Int),
+    ],
+);
+
+static XBZRLE_CACHE_STATS: Object = Object::of(
+    "XBZRLECacheStats",
+    &[
+        required("cache-size", Type::Int),
+        required("bytes", Type::Int),
+        required("pages", Type::Int),
+        required("cache-miss", Type::Int),
+        required("cache-miss-rate", Type::Number),
+        required("encoding-rate", Type::Number),
+        required("overflow", Type::Int),
+    ],
+);
+
 /// QEMU's `MigrationInfo`.
-pub(crate) fn migration_info(report: Option<&Report>, listening_on: Option<&Uri>) -> Value {
+pub(crate) fn migration_info(report: Option<&Report>, listening_on: Option<&Uri>, in_force: &Parameters) -> Value {
     let mut info = match report {
         Some(report) if report.status != Status::None => members(report),
         _ => Map::new(),
     };
+    if let Some(report) = report
+        && report.side == Side::Source
+        && in_force.xbzrle == Switch::On
+    {
+        info.insert("xbzrle-cache".to_owned(), xbzrle_cache(report, in_force));
+    }
     if let Some(address) = listening_on.and_then(socket_address) {
         info.insert("socket-address".to_owned(), json!([address]));
     }
@@ -78,6 +140,24 @@ fn ram(report: &Report) -> Value {
     })
 }
 
+/// The two rates are those of the whole migration.
+fn xbzrle_cache(report: &Report, in_force: &Parameters) -> Value {
+    let delta = &report.delta;
+    let raw = delta.hits.saturating_mul(PAGE_SIZE);
+    let bytes = raw.saturating_sub(delta.saved_bytes);
+    let looked_up = delta.hits.saturating_add(delta.misses).saturating_add(delta.overflows);
+    let rate = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
+    json!({
+        "cache-size": in_force.xbzrle_cache_size,
+        "bytes": bytes,
+        "pages": delta.hits,
+        "cache-miss": delta.misses,
+        "cache-miss-rate": rate(delta.misses, looked_up),
+        "encoding-rate": rate(raw, bytes),
+        "overflow": delta.overflows,
+    })
+}
+
 /// QEMU's `SocketAddress`, for the transports that have one.
 fn socket_address(uri: &Uri) -> Option<Value> {
     match uri {
@@ -101,7 +181,7 @@ pub fn uri_of_socket_address(migration_info: &Value) -> Option<Uri> {
 #[cfg(test)]
 mod tests {
     use dunlin::error::Phase;
-    use dunlin::report::{ChannelReport, DowntimeParts, ErrorReport, PageCounts, RamReport, Round};
+    use dunlin::report::{ChannelReport, DeltaCounts, DowntimeParts, ErrorReport, PageCounts, RamReport, Round};
     use dunlin::{GuestPlace, Side};
 
     use super::*;
@@ -140,7 +220,7 @@ mod tests {
 
     #[test]
     fn units() {
-        let info = migration_info(Some(&report()), None);
+        let info = migration_info(Some(&report()), None, &Parameters::default());
         assert_eq!(
             info,
             json!({
@@ -168,7 +248,7 @@ mod tests {
             phase: Phase::Handover,
             guest: GuestPlace::RunningAtSource,
         });
-        let info = migration_info(Some(&report), None);
+        let info = migration_info(Some(&report), None, &Parameters::default());
         assert_eq!(info["status"], "failed");
         assert_eq!(info["downtime"], 11);
         assert_eq!(info["error-desc"], "source, handover: cancelled");
@@ -177,14 +257,30 @@ mod tests {
     }
 
     #[test]
+    fn deltas() {
+        let mut report = report();
+        report.delta = DeltaCounts { hits: 10, misses: 5, overflows: 5, saved_bytes: 9 * 4096 };
+        let parameters = Parameters { xbzrle: Switch::On, ..Parameters::default() };
+        let info = migration_info(Some(&report), None, &parameters);
+        assert_eq!(
+            info["xbzrle-cache"],
+            json!({
+                "cache-size": 64 << 20, "bytes": 4096, "pages": 10, "cache-miss": 5, "cache-miss-rate": 0.25,
+                "encoding-rate": 10.0, "overflow": 5,
+            })
+        );
+        Type::Object(&MIGRATION_INFO).check_result(&info).unwrap();
+    }
+
+    #[test]
     fn addresses() {
-        assert_eq!(migration_info(None, None), json!({}));
+        assert_eq!(migration_info(None, None, &Parameters::default()), json!({}));
         for (uri, address) in [
             ("tcp:[::1]:4444", json!({"type": "inet", "host": "::1", "port": "4444"})),
             ("unix:/a b", json!({"type": "unix", "path": "/a b"})),
         ] {
             let uri: Uri = uri.parse().unwrap();
-            let info = migration_info(None, Some(&uri));
+            let info = migration_info(None, Some(&uri), &Parameters::default());
             assert_eq!(info, json!({ "socket-address": [address] }));
             assert_eq!(uri_of_socket_address(&info), Some(uri));
         }

@@ -1,27 +1,31 @@
-//! The socket: listening, a thread for each client, and an end to all of it.
+//! The sockets: listening, threads for each client, and an end to all of it.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::net::Shutdown;
-use std::os::fd::OwnedFd;
+use std::net::{Shutdown, TcpListener};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{FlockOperation, Mode};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 
+use crate::address::Address;
+use crate::outbox::Outbox;
 use crate::protocol::{self, Refusal};
 use crate::session;
 use crate::vm::Vm;
 
 /// How many clients are served at once.
 const MAX_CLIENTS: usize = 32;
+/// How long, at the end, what is on its way to the clients may take.
+const FAREWELL: Duration = Duration::from_millis(200);
 
 /// Why QMP cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -45,44 +49,45 @@ pub enum ServerError {
         path: PathBuf,
     },
     /// A system call failed.
-    #[error("could not {doing} unix:{}: {source}", path.display())]
+    #[error("could not {doing} {address}: {source}")]
     Io {
         /// What was being done.
         doing: &'static str,
         /// Where.
-        path: PathBuf,
+        address: Address,
         /// The system's answer.
         source: io::Error,
     },
 }
 
-/// Serves a [`Vm`] on a Unix socket until it is dropped. Only the user who started it may connect.
+/// Serves a [`Vm`] at one address until it is dropped. Only the user who started it may connect to a Unix socket;
+/// anybody who reaches it to a TCP port.
 #[derive(Debug)]
 pub struct Server {
-    path: PathBuf,
-    /// Device and inode of our socket: a path may come to mean another one.
+    address: Address,
+    /// Device and inode of our Unix socket: a path may come to mean another one.
     identity: Option<(u64, u64)>,
     wake: UnixStream,
     clients: Arc<Clients>,
     accepting: Option<JoinHandle<()>>,
 }
 
-/// The streams of the clients that are being served, so that the server's end can end them.
+/// The clients that are being served, so that the server's end can end them.
 #[derive(Debug, Default)]
 struct Clients {
-    streams: Mutex<Streams>,
+    served: Mutex<Served>,
 }
 
 #[derive(Debug, Default)]
-struct Streams {
+struct Served {
     next: u64,
-    open: BTreeMap<u64, UnixStream>,
+    open: BTreeMap<u64, Arc<Outbox>>,
     closed: bool,
 }
 
 impl Clients {
-    fn streams(&self) -> MutexGuard<'_, Streams> {
-        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    fn served(&self) -> MutexGuard<'_, Served> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -94,23 +99,25 @@ struct Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.clients.streams().open.remove(&self.number);
+        self.clients.served().open.remove(&self.number);
     }
 }
 
 impl Server {
-    /// Starts serving `vm` at `path`.
+    /// Starts serving `vm` at `address`, which may be a path.
     ///
     /// # Errors
-    /// When `path` is taken or cannot be listened on.
-    pub fn start(path: impl Into<PathBuf>, vm: &Arc<Vm>) -> Result<Self, ServerError> {
-        let path = path.into();
+    /// When `address` is taken or cannot be listened on.
+    pub fn start(address: impl Into<Address>, vm: &Arc<Vm>) -> Result<Self, ServerError> {
+        let (listener, address) = Listener::bind(address.into())?;
         let failed = |doing| {
-            let path = path.clone();
-            move |source: io::Error| ServerError::Io { doing, path, source }
+            let address = address.clone();
+            move |source: io::Error| ServerError::Io { doing, address, source }
         };
-        let listener = listen(&path)?;
-        listener.set_nonblocking(true).map_err(failed("listen on"))?;
+        let identity = match &address {
+            Address::Unix(path) => identity(path),
+            Address::Tcp { .. } => None,
+        };
         let (wake, woken) = UnixStream::pair().map_err(failed("listen on"))?;
         let clients = Arc::new(Clients::default());
         let accepting = {
@@ -120,33 +127,90 @@ impl Server {
                 .spawn(move || accept_all(&listener, &woken, &clients, &vm))
                 .map_err(failed("start a thread for"))?
         };
-        let identity = identity(&path);
-        Ok(Self { path, identity, wake, clients, accepting: Some(accepting) })
+        Ok(Self { address, identity, wake, clients, accepting: Some(accepting) })
     }
 
-    /// The path of the socket.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// Where it serves, with the port that was chosen if it was 0.
+    pub fn address(&self) -> &Address {
+        &self.address
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        if self.identity.is_some() && identity(&self.path) == self.identity {
-            // If it cannot be removed, the next server there finds it stale.
-            let _ = fs::remove_file(&self.path);
-        }
+        if let Address::Unix(path) = &self.address
+            && self.identity.is_some()
+            && identity(path) == self.identity
         {
-            let mut streams = self.clients.streams();
-            streams.closed = true;
-            for stream in streams.open.values() {
-                // Answers already written still arrive. One that is being written is cut off.
-                let _ = stream.shutdown(Shutdown::Both);
-            }
+            // If it cannot be removed, the next server there finds it stale.
+            let _ = fs::remove_file(path);
+        }
+        let open: Vec<_> = {
+            let mut served = self.clients.served();
+            served.closed = true;
+            served.open.values().cloned().collect()
+        };
+        let deadline = Instant::now() + FAREWELL;
+        for outbox in open {
+            outbox.drain(deadline);
+            outbox.close();
         }
         let _ = self.wake.shutdown(Shutdown::Both);
         if let Some(accepting) = self.accepting.take() {
             let _ = accepting.join();
+        }
+    }
+}
+
+/// A socket that clients connect to.
+#[derive(Debug)]
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    fn bind(address: Address) -> Result<(Self, Address), ServerError> {
+        let failed = |source| ServerError::Io { doing: "listen on", address: address.clone(), source };
+        match &address {
+            Address::Unix(path) => {
+                let listener = listen(path)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                Ok((Self::Unix(listener), address))
+            }
+            Address::Tcp { host, port } => {
+                let listener = TcpListener::bind((host.as_str(), *port)).map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                let port = listener.local_addr().map_err(failed)?.port();
+                let address = Address::Tcp { host: host.clone(), port };
+                Ok((Self::Tcp(listener), address))
+            }
+        }
+    }
+
+    /// The next client's socket, which blocks.
+    fn accept(&self) -> io::Result<OwnedFd> {
+        match self {
+            Self::Unix(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nonblocking(false)?;
+                Ok(stream.into())
+            }
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nonblocking(false)?;
+                stream.set_nodelay(true)?;
+                Ok(stream.into())
+            }
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(listener) => listener.as_fd(),
+            Self::Tcp(listener) => listener.as_fd(),
         }
     }
 }
@@ -157,7 +221,7 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 
 /// Binds and listens, over a stale socket if one is in the way.
 fn listen(path: &Path) -> Result<UnixListener, ServerError> {
-    let failed = |doing| move |source: io::Error| ServerError::Io { doing, path: path.to_owned(), source };
+    let failed = |doing| move |source: io::Error| ServerError::Io { doing, address: path.into(), source };
     // Held until the end: two processes must not take each other's fresh socket for a stale one.
     let _directory = lock_directory(path).map_err(failed("open the directory of"))?;
     let address = SocketAddrUnix::new(path).map_err(|error| match error {
@@ -196,7 +260,7 @@ fn lock_directory(path: &Path) -> io::Result<OwnedFd> {
 }
 
 fn remove_stale(path: &Path) -> Result<(), ServerError> {
-    let failed = |doing| move |source: io::Error| ServerError::Io { doing, path: path.to_owned(), source };
+    let failed = |doing| move |source: io::Error| ServerError::Io { doing, address: path.into(), source };
     let is_socket = fs::symlink_metadata(path).map_err(failed("look at"))?.file_type().is_socket();
     if !is_socket {
         return Err(ServerError::NotASocket { path: path.to_owned() });
@@ -209,7 +273,7 @@ fn remove_stale(path: &Path) -> Result<(), ServerError> {
     }
 }
 
-fn accept_all(listener: &UnixListener, woken: &UnixStream, clients: &Arc<Clients>, vm: &Arc<Vm>) {
+fn accept_all(listener: &Listener, woken: &UnixStream, clients: &Arc<Clients>, vm: &Arc<Vm>) {
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
     loop {
         let mut ready = [PollFd::new(listener, PollFlags::IN), PollFd::new(woken, PollFlags::IN)];
@@ -225,7 +289,7 @@ fn accept_all(listener: &UnixListener, woken: &UnixStream, clients: &Arc<Clients
             let _ = thread.join();
         }
         match listener.accept() {
-            Ok((stream, _)) => threads.extend(admit(stream, clients, vm)),
+            Ok(socket) => threads.extend(admit(socket, clients, vm)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             // Out of descriptors, or a client that went at once: others may have more luck in a while.
             Err(_) => thread::sleep(Duration::from_millis(50)),
@@ -237,31 +301,31 @@ fn accept_all(listener: &UnixListener, woken: &UnixStream, clients: &Arc<Clients
 }
 
 /// Starts serving a client, if there is a place for it. One that cannot be served is closed.
-fn admit(stream: UnixStream, clients: &Arc<Clients>, vm: &Arc<Vm>) -> Option<JoinHandle<()>> {
-    stream.set_nonblocking(false).ok()?;
-    let place = {
-        let mut streams = clients.streams();
-        if streams.closed {
+fn admit(socket: OwnedFd, clients: &Arc<Clients>, vm: &Arc<Vm>) -> Option<JoinHandle<()>> {
+    let (place, outbox) = {
+        let mut served = clients.served();
+        if served.closed {
             return None;
         }
-        if streams.open.len() >= MAX_CLIENTS {
-            drop(streams);
+        if served.open.len() >= MAX_CLIENTS {
+            drop(served);
             let refusal = Refusal::generic(format_args!("{MAX_CLIENTS} clients are connected already"));
-            stream.set_nonblocking(true).ok()?;
-            let _ = session::send(&stream, &protocol::reply(None, Err(refusal)));
+            let line = protocol::line(&protocol::reply(None, Err(refusal)));
+            let _ = rustix::net::send(&socket, &line, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
             return None;
         }
-        let number = streams.next;
-        streams.next += 1;
-        streams.open.insert(number, stream.try_clone().ok()?);
-        Place { clients: Arc::clone(clients), number }
+        let number = served.next;
+        served.next += 1;
+        let outbox = Arc::new(Outbox::new(socket));
+        served.open.insert(number, Arc::clone(&outbox));
+        (Place { clients: Arc::clone(clients), number }, outbox)
     };
     let vm = Arc::clone(vm);
     let serve = move || {
         let _place = place;
         // A client that goes in the middle of things is its own affair.
-        let _ = session::serve(&stream, &vm);
-        let _ = stream.shutdown(Shutdown::Both);
+        let _ = session::serve(&outbox, &vm);
+        outbox.close();
     };
     thread::Builder::new().name("qmp-client".to_owned()).spawn(serve).ok()
 }

@@ -3,7 +3,8 @@
 //! Two locks. `commands` is held through a command that changes something, so that such commands come one after the
 //! other. `state` is held only to look at or exchange what is in it, so that a query never waits for a command.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use dunlin::parameters::{Applies, ParameterError};
@@ -12,6 +13,11 @@ use dunlin::{
     Status, Uri,
 };
 use serde_json::Value;
+
+use crate::descriptors::{DescriptorError, Descriptors};
+use crate::events::{Deliverer, Events, ShutdownCause};
+use crate::migration_info;
+use crate::route::Route;
 
 /// What a machine found when it checked itself.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,6 +102,15 @@ pub enum VmError {
     /// The guest cannot be started or stopped.
     #[error("{0}")]
     Guest(#[from] GuestError),
+    /// A descriptor that was to be used by its name.
+    #[error("{0}")]
+    Descriptor(#[from] DescriptorError),
+    /// `migrate-continue` when the migration does not wait there.
+    #[error("Migration not in expected state: {actual}")]
+    NotWaiting {
+        /// Where it stands.
+        actual: Status,
+    },
     /// `resume` without an outgoing migration.
     #[error("there is no outgoing migration to resume; start one without 'resume'")]
     NothingToResume,
@@ -137,6 +152,10 @@ pub struct Vm {
     state: Mutex<State>,
     quit: Mutex<bool>,
     quit_changed: Condvar,
+    descriptors: Descriptors,
+    events: Events,
+    /// The last of all: its thread ends at once when what it waits for is gone.
+    deliverer: OnceLock<Deliverer>,
 }
 
 impl std::fmt::Debug for Vm {
@@ -152,7 +171,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Vm {
     /// Takes control of `guest`.
     pub fn new(guest: Arc<Guest>, verifier: Option<Box<dyn Verify>>) -> Arc<Self> {
-        Arc::new(Self {
+        let (events, bell) = Events::watch(&guest);
+        let vm = Arc::new(Self {
             guest,
             verifier,
             commands: Mutex::new(()),
@@ -164,7 +184,36 @@ impl Vm {
             }),
             quit: Mutex::new(false),
             quit_changed: Condvar::new(),
-        })
+            descriptors: Descriptors::default(),
+            events,
+            deliverer: OnceLock::new(),
+        });
+        vm.deliverer.get_or_init(|| Deliverer::start(bell, Arc::downgrade(&vm)));
+        vm
+    }
+
+    /// The descriptors that clients have sent.
+    pub(crate) fn descriptors(&self) -> &Descriptors {
+        &self.descriptors
+    }
+
+    /// Who is told of what happens.
+    pub(crate) fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// Tells all clients what has happened until now.
+    pub(crate) fn deliver_events(&self) {
+        if self.events.deliver().connected {
+            self.release_used_descriptors();
+        }
+    }
+
+    /// Closes the descriptor that a migration was started with, once it has a duplicate of its own.
+    fn release_used_descriptors(&self) {
+        if self.report().is_none_or(|report| report.status != Status::Setup) {
+            self.descriptors.release_used();
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -200,6 +249,12 @@ impl Vm {
             Latest::Outgoing(source) => Some(source.report()),
             Latest::Incoming(destination) => Some(destination.report()),
         }
+    }
+
+    /// The latest migration in QEMU's fields and units.
+    pub(crate) fn migration_info(&self) -> Value {
+        let in_force = self.state().in_force.clone();
+        migration_info::migration_info(self.report().as_ref(), self.listening_on().as_ref(), &in_force)
     }
 
     /// Where a migration in is listened for.
@@ -242,6 +297,7 @@ impl Vm {
             _ => {}
         }
         let mut state = self.state();
+        self.events.set_migration_events(wanted.events);
         state.parameters = wanted;
         state.in_force = in_force;
         Ok(())
@@ -257,18 +313,48 @@ impl Vm {
     /// # Errors
     /// When the guest is not here, or a migration is running.
     pub fn migrate(&self, uri: &Uri) -> Result<(), VmError> {
+        self.migrate_by(uri.into())
+    }
+
+    /// Starts a migration by `route`. A named descriptor is used up by it, but not by one that is refused.
+    ///
+    /// # Errors
+    /// As for [`migrate`](Self::migrate), and when there is no such descriptor.
+    pub fn migrate_by(&self, route: Route) -> Result<(), VmError> {
         let _one_at_a_time = lock(&self.commands);
-        let parameters = self.parameters();
-        let source = Arc::new(Source::start(&self.guest, uri, &parameters)?);
-        let replaced = {
-            let mut state = self.state();
-            state.in_force = parameters;
-            std::mem::replace(&mut state.latest, Latest::Outgoing(source))
+        self.by(route, |uri| {
+            let parameters = self.parameters();
+            let source = Arc::new(Source::start(&self.guest, uri, &parameters)?);
+            let replaced = {
+                let mut state = self.state();
+                state.in_force = parameters;
+                std::mem::replace(&mut state.latest, Latest::Outgoing(source))
+            };
+            if let Latest::Incoming(destination) = replaced {
+                self.state().earlier_destination = Some(destination);
+            }
+            Ok(())
+        })
+    }
+
+    /// Has `start` start a migration by `route`, whose descriptor stays open until the migration has its own.
+    fn by(&self, route: Route, start: impl FnOnce(&Uri) -> Result<(), VmError>) -> Result<(), VmError> {
+        let name = match route {
+            Route::Address(uri) => return start(&uri),
+            Route::Named(name) => name,
         };
-        if let Latest::Incoming(destination) = replaced {
-            self.state().earlier_destination = Some(destination);
+        let descriptor: OwnedFd = self.descriptors.take(&name)?;
+        match start(&Uri::Fd(descriptor.as_raw_fd())) {
+            Ok(()) => {
+                self.descriptors.use_for_migration(descriptor);
+                self.release_used_descriptors();
+                Ok(())
+            }
+            Err(error) => {
+                self.descriptors.keep(&name, descriptor)?;
+                Err(error)
+            }
         }
-        Ok(())
     }
 
     /// Tries again to reach the destination of a released guest.
@@ -288,22 +374,45 @@ impl Vm {
     /// # Errors
     /// When the guest is here, or another migration is awaited, or the address cannot be listened on.
     pub fn listen(&self, uri: &Uri) -> Result<(), VmError> {
+        self.listen_at(uri.into())
+    }
+
+    /// Listens by `route` for a migration in. A named descriptor is used up by it, but not when that is refused.
+    ///
+    /// # Errors
+    /// As for [`listen`](Self::listen), and when there is no such descriptor.
+    pub fn listen_at(&self, route: Route) -> Result<(), VmError> {
         let _one_at_a_time = lock(&self.commands);
-        let parameters = self.parameters();
-        if self.guest.ownership() == Ownership::Gone {
-            // The guest came in and went out again; what it came in by may still hold the address.
-            let earlier = self.state().earlier_destination.take();
-            drop(earlier);
+        self.by(route, |uri| {
+            let parameters = self.parameters();
+            if self.guest.ownership() == Ownership::Gone {
+                // The guest came in and went out again; what it came in by may still hold the address.
+                let earlier = self.state().earlier_destination.take();
+                drop(earlier);
+            }
+            let destination = Arc::new(Destination::listen(&self.guest, uri, &parameters)?);
+            let replaced = {
+                let mut state = self.state();
+                state.in_force = parameters;
+                std::mem::replace(&mut state.latest, Latest::Incoming(destination))
+            };
+            // Waits for its threads, so not with the lock held.
+            drop(replaced);
+            Ok(())
+        })
+    }
+
+    /// Has a migration out go on that waits in `waiting_in`.
+    ///
+    /// # Errors
+    /// When it does not wait there.
+    pub fn resume_switchover(&self, waiting_in: Status) -> Result<(), VmError> {
+        let _one_at_a_time = lock(&self.commands);
+        let actual = self.report().map_or(Status::None, |report| report.status);
+        match self.latest() {
+            Latest::Outgoing(source) if actual == waiting_in => Ok(source.resume_switchover(waiting_in)?),
+            _ => Err(VmError::NotWaiting { actual }),
         }
-        let destination = Arc::new(Destination::listen(&self.guest, uri, &parameters)?);
-        let replaced = {
-            let mut state = self.state();
-            state.in_force = parameters;
-            std::mem::replace(&mut state.latest, Latest::Incoming(destination))
-        };
-        // Waits for its threads, so not with the lock held.
-        drop(replaced);
-        Ok(())
     }
 
     /// Ends the migration that is running, if one is.
@@ -381,6 +490,12 @@ impl Vm {
         }
         let verifier = self.verifier.as_ref().ok_or(VmError::CannotVerify)?;
         verifier.verify().map_err(VmError::Verify)
+    }
+
+    /// Tells all clients that the process ends, and why.
+    pub fn announce_shutdown(&self, cause: ShutdownCause) {
+        self.deliver_events();
+        self.events.shutdown(cause);
     }
 
     /// Says that the process is to end.

@@ -110,15 +110,18 @@ fn greeting_and_negotiation() {
     let mut raw = Raw::connect(&served);
     let greeting = raw.line();
     assert_eq!(greeting["QMP"]["version"]["qemu"], json!({"micro": 2, "minor": 0, "major": 10}));
-    assert_eq!(greeting["QMP"]["capabilities"], json!([]));
+    assert_eq!(greeting["QMP"]["capabilities"], json!(["oob"]));
     assert_eq!(
         raw.ask(r#"{"execute": "query-status"}"#),
         error("CommandNotFound", "Expecting capabilities negotiation with 'qmp_capabilities'")
     );
-    assert_eq!(
-        raw.ask(r#"{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}"#)["error"]["class"],
-        "GenericError"
-    );
+    for (wanted, desc) in [
+        ("\"oob\"", "Invalid parameter type for 'enable', expected: array"),
+        ("[\"rdma\"]", "Parameter 'enable[0]' does not accept value 'rdma'"),
+    ] {
+        let request = format!(r#"{{"execute": "qmp_capabilities", "arguments": {{"enable": {wanted}}}}}"#);
+        assert_eq!(raw.ask(&request), error("GenericError", desc));
+    }
     assert_eq!(raw.ask(r#"{"execute": "qmp_capabilities", "id": [1, "x"]}"#), json!({"return": {}, "id": [1, "x"]}));
     assert_eq!(
         raw.ask(r#"{"execute": "qmp_capabilities"}"#),
@@ -132,7 +135,17 @@ fn errors_name_what_is_wrong() {
     let mut raw = Raw::negotiated(&served);
     for (request, class, desc) in [
         (r#"{"execute": "system_reset"}"#, "CommandNotFound", "The command system_reset has not been found"),
-        (r#"{"execute": "migrate"}"#, "GenericError", "Parameter 'uri' is missing"),
+        (
+            r#"{"execute": "snapshot-save", "arguments": {"tag": 1}}"#,
+            "CommandNotFound",
+            "The command snapshot-save has not been found: there are no snapshots yet",
+        ),
+        (r#"{"execute": "migrate"}"#, "GenericError", "need either 'uri' or 'channels' argument"),
+        (
+            r#"{"execute": "migrate", "arguments": {"channels": [{"channel-type": "main", "addr": {"transport": "file"}}]}}"#,
+            "GenericError",
+            "Parameter 'transport' does not accept value 'file': migrating to a file is not there yet",
+        ),
         (
             r#"{"execute": "migrate", "arguments": {"uri": 3}}"#,
             "GenericError",
@@ -145,9 +158,29 @@ fn errors_name_what_is_wrong() {
             "Parameter 'x' is unexpected",
         ),
         (
-            r#"{"execute": "migrate-set-parameters", "arguments": {"downtime-limit": "1s"}}"#,
+            r#"{"execute": "migrate-set-parameters", "arguments": {"downtime-limit": 1.5}}"#,
             "GenericError",
-            "Invalid parameter type for 'downtime-limit', expected: integer",
+            "Invalid parameter type for 'downtime-limit', expected: integer or string",
+        ),
+        (
+            r#"{"execute": "migrate-set-parameters", "arguments": {"tls-creds": ""}}"#,
+            "GenericError",
+            "Parameter 'tls-creds' is unexpected: there is no TLS yet",
+        ),
+        (
+            r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "xbzrle", "state": "on"}]}}"#,
+            "GenericError",
+            "Invalid parameter type for 'capabilities[0].state', expected: boolean",
+        ),
+        (
+            r#"{"execute": "migrate-continue", "arguments": {"state": "pre-switchover"}}"#,
+            "GenericError",
+            "Migration not in expected state: none",
+        ),
+        (
+            r#"{"execute": "getfd", "arguments": {"fdname": "a"}}"#,
+            "GenericError",
+            "No file descriptor supplied via SCM_RIGHTS",
         ),
         (r#"{"execute": 1}"#, "GenericError", "QMP input member 'execute' must be a string"),
         (r#"{"exec": "stop"}"#, "GenericError", "QMP input member 'exec' is unexpected"),
@@ -172,7 +205,7 @@ fn framing_by_syntax_and_resync() {
     let served = serve_tiny();
     let mut raw = Raw::negotiated(&served);
     raw.write(
-        "{\"execute\":\"stop\",\"id\":1}{\"execute\":\"cont\",\n\n \"id\":2}\n\n {\"execute\":\"stop\", \"id\":3}",
+        "{\"execute\":\"stop\",\"id\":1}{\"execute\":\"query-name\",\n\n \"id\":2}\n\n {\"execute\":\"stop\", \"id\":3}",
     );
     for id in 1..=3 {
         assert_eq!(raw.line(), json!({"return": {}, "id": id}));
@@ -224,7 +257,9 @@ fn parameters_all_or_none() {
     let served = serve_tiny();
     let mut client = Client::connect(&served.path).unwrap();
     let before = client.execute("query-migrate-parameters", json!({})).unwrap();
-    assert_eq!(before.as_object().unwrap().len(), PARAMETERS.len());
+    let capabilities = client.execute("query-migrate-capabilities", json!({})).unwrap();
+    let rows = before.as_object().unwrap().len() + capabilities.as_array().unwrap().len();
+    assert_eq!(rows, PARAMETERS.len());
     assert_eq!(before["downtime-limit"], 300);
     let wanted = json!({"downtime-limit": 17, "multifd-channels": 0});
     let error = client.execute("migrate-set-parameters", wanted).unwrap_err().to_string();
@@ -234,8 +269,9 @@ fn parameters_all_or_none() {
     let after = client.execute("query-migrate-parameters", json!({})).unwrap();
     assert_eq!((&after["downtime-limit"], &after["max-bandwidth"]), (&json!(17), &json!(i64::MAX)));
     for (name, value, wanted) in [
-        ("max-bandwidth", json!(u64::MAX), "18446744073709551615 is more than 9223372036854775807"),
-        ("multifd-compression", json!("gzip"), "none, lz4, zstd"),
+        ("max-bandwidth", json!(u64::MAX), "0 to 9223372036854775807"),
+        ("max-bandwidth", json!("5 parsecs"), "not a rate"),
+        ("multifd-compression", json!("gzip"), "does not accept value 'gzip'"),
         ("multifd-compression", json!(1), "expected: string"),
         ("xbzrle", json!(1), "expected: boolean"),
         ("multifd-zstd-level", json!(23), "-131072 to 22"),
@@ -246,9 +282,24 @@ fn parameters_all_or_none() {
     let kinds = json!({"multifd-compression": "zstd", "multifd-zstd-level": -5, "xbzrle": true, "integrity": "none"});
     client.execute("migrate-set-parameters", kinds.clone()).unwrap();
     let after = client.execute("query-migrate-parameters", json!({})).unwrap();
-    assert!(kinds.as_object().unwrap().iter().all(|(name, value)| after[name] == *value), "{after}");
+    for name in ["multifd-compression", "multifd-zstd-level", "integrity"] {
+        assert_eq!(after[name], kinds[name], "{after}");
+    }
+    let set = client.execute("query-migrate-capabilities", json!({})).unwrap();
+    assert!(set.as_array().unwrap().contains(&json!({"capability": "xbzrle", "state": true})), "{set}");
     // What was read can be set back, as libvirt does.
-    client.execute("migrate-set-parameters", before).unwrap();
+    client.execute("migrate-set-parameters", before.clone()).unwrap();
+    client.execute("migrate-set-capabilities", json!({"capabilities": capabilities})).unwrap();
+    assert_eq!(client.execute("query-migrate-parameters", json!({})).unwrap(), before);
+    assert_eq!(client.execute("query-migrate-capabilities", json!({})).unwrap(), capabilities);
+    // Text with a unit is the same number.
+    client.execute("migrate-set-parameters", json!({"downtime-limit": "1.5s", "max-bandwidth": "64M"})).unwrap();
+    let after = client.execute("query-migrate-parameters", json!({})).unwrap();
+    assert_eq!((&after["downtime-limit"], &after["max-bandwidth"]), (&json!(1500), &json!(64 << 20)));
+    // Conflicts are of the values as they would be, and name both.
+    let [initial, max] = ["cpu-throttle-initial", "max-cpu-throttle"];
+    let conflict = client.execute("migrate-set-parameters", json!({initial: 60, max: 50})).unwrap_err().to_string();
+    assert!(conflict.contains(initial) && conflict.contains(max), "{conflict}");
 }
 
 #[test]
