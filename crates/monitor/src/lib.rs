@@ -20,6 +20,7 @@ mod framing;
 pub mod hmp;
 mod input;
 mod json;
+pub mod metrics;
 mod migration_info;
 mod not_yet;
 mod outbox;
