@@ -30,6 +30,10 @@ pub enum Command {
     Run(Box<Run>),
     /// Migrate a running machine, and show how it goes.
     Migrate(Migrate),
+    /// Watch a machine's migration on a screen, on either side: before it, while it goes on, and after it.
+    Watch(Watch),
+    /// Make a page with plots of a migration that was recorded with --record.
+    Report(MakeReport),
     /// Tell what a machine and its migration are doing.
     Status(At),
     /// Cancel the migration that is running.
@@ -340,6 +344,9 @@ pub struct Run {
     /// repeated.
     #[arg(long, value_name = "ADDRESS", required = true, value_parser = parse_address)]
     pub qmp: Vec<Address>,
+    /// Serve the figures of its migrations to Prometheus, at http://HOST:PORT/metrics. Whoever reaches it may read them.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub metrics: Option<String>,
     /// End at once when the process of this number, the parent, does.
     #[arg(long, value_name = "PID", hide = true)]
     pub exit_with_parent: Option<u32>,
@@ -418,9 +425,33 @@ pub struct Migrate {
     /// Do not wait for the end.
     #[arg(long)]
     pub detach: bool,
+    /// Record the migration, for `dunlin report`, into a new file: a line of JSON for each look at it, ten a second or more.
+    #[arg(long, value_name = "FILE.jsonl", conflicts_with = "detach")]
+    pub record: Option<PathBuf>,
     /// Print the report as JSON.
     #[arg(long, conflicts_with = "detach")]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Watch {
+    /// The machine, on either side of the migration: unix:PATH or tcp:HOST:PORT of its QMP. Leaving (q or Ctrl-C) does
+    /// nothing to it.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
+    pub qmp: Address,
+    /// Record what is seen, for `dunlin report`, into a new file.
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub record: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct MakeReport {
+    /// What --record has written.
+    #[arg(value_name = "FILE.jsonl")]
+    pub recording: PathBuf,
+    /// Where the page goes, over what is there; - is standard output.
+    #[arg(long, short, value_name = "PAGE.html")]
+    pub output: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -539,6 +570,10 @@ mod tests {
             "run --memory 2G --qmp unix:/a --qmp tcp:127.0.0.1:4444",
             "status --qmp tcp:127.0.0.1:4444",
             "migrate --qmp unix:/a tcp:localhost:4444 --set downtime-limit=100ms --detach",
+            "migrate --qmp unix:/a tcp:localhost:4444 --record /tmp/a.jsonl",
+            "watch --qmp unix:/a --record /tmp/a.jsonl",
+            "report /tmp/a.jsonl -o /tmp/a.html",
+            "run --memory 1G --qmp unix:/a --metrics localhost:9100",
             "status --qmp unix:/a --json",
             "cancel --qmp unix:/a",
             "verify --qmp unix:/a",
@@ -583,6 +618,9 @@ mod tests {
             ("run --memory 1G --qmp unix:/a --incoming tcp:localhost", "the port is missing"),
             ("migrate --qmp unix:/a localhost:4444", "the scheme is unknown"),
             ("migrate --qmp unix:/a", "URI"),
+            ("migrate --qmp unix:/a tcp:localhost:4444 --record /a --detach", "cannot be used with"),
+            ("report /a", "--output"),
+            ("watch", "--qmp"),
             ("status", "--qmp"),
         ] {
             let error = parse(line).unwrap_err();

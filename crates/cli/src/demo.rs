@@ -229,7 +229,7 @@ fn migrate(
         return Ok(None);
     }
     at_source.execute("migrate", json!({"uri": uri.to_string()})).context("could not start the migration")?;
-    let ended = following::follow(&mut at_source, interrupts, progress)?;
+    let ended = following::follow(&mut at_source, interrupts, progress, None)?;
     if ended.report.status != Status::Completed {
         return Ok(Some(Shown { ended, verification: None, lines: None }));
     }

@@ -12,6 +12,8 @@ use serde_json::{Value, json};
 use crate::connection;
 use crate::interrupts::Interrupts;
 use crate::progress::Progress;
+use crate::recording::{self, Recorder};
+use crate::terminal;
 
 const POLL: Duration = Duration::from_millis(100);
 
@@ -26,11 +28,22 @@ pub struct Ended {
     pub interrupted: bool,
 }
 
-/// Shows the migration of `client`'s machine until it ends. When interrupted, cancels it and goes on to its end.
-pub fn follow(client: &mut Client, interrupts: &Interrupts, progress: &mut Progress) -> Result<Ended> {
+/// Shows the migration of `client`'s machine until it ends, and records it. When interrupted, cancels it and goes on
+/// to its end.
+pub fn follow(
+    client: &mut Client,
+    interrupts: &Interrupts,
+    progress: &mut Progress,
+    mut recorder: Option<&mut Recorder>,
+) -> Result<Ended> {
     let mut interrupted = false;
     loop {
         let (json, report) = connection::report(client)?.ok_or_else(|| anyhow!("the source knows of no migration"))?;
+        let recorded = recorder.as_mut().map(|recorder| recorder.record(&json, &report));
+        if let Some(Err(error)) = recorded {
+            // The migration is worth more than its recording.
+            progress.note(&format!("the recording is not whole: {}", terminal::one_line(&error)));
+        }
         if report.status.is_final() {
             progress.finish();
             return Ok(Ended { report, json, interrupted });
@@ -43,10 +56,11 @@ pub fn follow(client: &mut Client, interrupts: &Interrupts, progress: &mut Progr
                 progress.note(&format!("it cannot be cancelled any more: {error}"));
             }
         }
+        let pause = if recorder.is_some() { recording::interval(Some(&report)) } else { POLL };
         if interrupted {
-            thread::sleep(POLL);
+            thread::sleep(pause);
         } else {
-            interrupts.sleep(POLL);
+            interrupts.sleep(pause);
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The `dunlin` command: runs, migrates and inspects machines.
 //!
 //! One file for each command. What they share: `args` (what was asked), `connection` (talking to a machine),
-//! `following` (a migration to its end), `progress` and `print` (telling people), `interrupts` (Ctrl-C).
+//! `following` (a migration to its end), `progress` and `print` (telling people), `interrupts` (Ctrl-C). `watch` and `page`
+//! draw a `series` of reports, which come from the machine or from a `recording`.
 
 #![forbid(unsafe_code)]
 
@@ -13,11 +14,16 @@ mod demo;
 mod following;
 mod interrupts;
 mod migrate;
+mod page;
 mod parameters;
 mod progress;
+mod recording;
 mod run;
+mod scale;
+mod series;
 mod status;
 mod terminal;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -63,6 +69,8 @@ fn carry_out(command: Command) -> Result<Outcome> {
         Command::Bench(what) => bench::bench(&what),
         Command::Run(args) => run::run(&args, &Interrupts::install_with_second_chance()?),
         Command::Migrate(args) => migrate::migrate(&args, &Interrupts::install_with_second_chance()?),
+        Command::Watch(args) => watch::watch(&args, &Interrupts::install()?),
+        Command::Report(args) => page::report(&args),
         Command::Status(at) => status::status(&at),
         Command::Cancel(at) => commands::cancel(&at),
         Command::Verify(at) => commands::verify(&at),

@@ -10,13 +10,19 @@ use crate::connection;
 use crate::following;
 use crate::interrupts::Interrupts;
 use crate::progress::Progress;
+use crate::recording::Recorder;
 use crate::terminal;
 use dunlin_monitor::text;
 
 pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
     let mut client = connection::connect(&args.qmp)?;
     connection::set(&mut client, &args.set)?;
+    let machine = format!("unix:{}", args.qmp.display());
+    let mut recorder = args.record.as_ref().map(|path| Recorder::create(path, &machine)).transpose()?;
     if let Err(error) = client.execute("migrate", json!({"uri": args.uri.to_string()})) {
+        if let Some(recorder) = recorder {
+            recorder.discard();
+        }
         let running = connection::report(&mut client)?.is_some_and(|(_, report)| !report.status.is_final());
         let advice = if running { "; dunlin status shows it, dunlin cancel ends it" } else { "" };
         bail!("could not start a migration to {}: {error}{advice}", args.uri);
@@ -25,7 +31,8 @@ pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
         terminal::out(&format!("migrating to {}; `dunlin status --qmp {}` tells how it goes", args.uri, args.qmp))?;
         return Ok(Outcome::Success);
     }
-    let mut ended = following::follow(&mut client, interrupts, &mut Progress::new()).map_err(|error| {
+    let followed = following::follow(&mut client, interrupts, &mut Progress::new(), recorder.as_mut());
+    let mut ended = followed.map_err(|error| {
         let error = terminal::one_line(&error);
         anyhow!("the source no longer answers: {error}; ask the destination (dunlin status) whether it has the guest")
     })?;

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use dunlin::units::format_size;
 use dunlin::{Guest, GuestPlace, Machine, MachineError, Report, Side, Status, Uri};
 use dunlin_machines::{SyntheticConfig, SyntheticMachine};
+use dunlin_monitor::metrics::MetricsServer;
 use dunlin_monitor::{Server, ShutdownCause, Verification, Vm};
 use rustix::process::{Pid, Signal};
 use serde::Serialize;
@@ -60,6 +61,10 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     let servers = args.qmp.iter().map(|address| Server::start(address, &vm)).collect::<Result<Vec<_>, _>>()?;
     let addresses: Vec<String> = servers.iter().map(|server| server.address().to_string()).collect();
     state.push_str(&format!("; QMP at {}", addresses.join(", ")));
+    let metrics = args.metrics.as_ref().map(|address| serve_metrics(address, &vm)).transpose()?;
+    if let Some(metrics) = &metrics {
+        state.push_str(&format!("; metrics at http://{}/metrics", metrics.address()));
+    }
     terminal::out(&state)?;
     let mut teller = Teller::default();
     let mut guest_ended = None;
@@ -82,11 +87,17 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
             report.status, report.guest
         ));
     }
-    drop(servers);
+    drop((servers, metrics));
     if let Some(end) = guest_ended {
         return Ok(Outcome::GuestEnded(end.status));
     }
     Ok(if interrupts.by_keyboard() { Outcome::Interrupted } else { Outcome::Success })
+}
+
+fn serve_metrics(address: &str, vm: &Arc<Vm>) -> Result<MetricsServer> {
+    let vm = Arc::clone(vm);
+    let server = MetricsServer::start(address, Arc::new(move || vm.report()))?;
+    Ok(server)
 }
 
 /// How a guest has ended by itself.
