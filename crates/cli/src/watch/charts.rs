@@ -7,7 +7,7 @@ use ratatui::symbols::Marker;
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Axis, Chart, Dataset, GraphType, Paragraph};
 
-use super::figures::{rate, time};
+use super::figures::rate;
 use super::theme::Theme;
 use crate::scale::Scale;
 use crate::series::{Series, sane};
@@ -71,15 +71,15 @@ pub fn downtime(series: &Series, theme: Theme, frame: &mut Frame<'_>, area: Rect
     let last = points.last().map_or(1.0, |(round, _)| *round).max(first + 9.0);
     let across = [(first, limit.log10()), (last, limit.log10())];
     let legend = Line::from(vec![
-        Span::styled("••", theme.second()),
+        Span::styled("••", theme.first()),
         Span::raw(" predicted  "),
-        Span::styled("⠤⠤", theme.first()),
-        Span::raw(format!(" limit{}", time(limit))),
+        Span::styled("⠤⠤", theme.second()),
+        Span::raw(" limit"),
     ]);
     frame.render_widget(Paragraph::new(legend), title);
     let sets = vec![
-        dataset(&across, Marker::Braille, theme.first()),
-        dataset(&points, Marker::Dot, theme.second()).graph_type(GraphType::Scatter),
+        dataset(&across, Marker::Braille, theme.second()),
+        dataset(&points, Marker::Dot, theme.first()).graph_type(GraphType::Scatter),
     ];
     let labels = y.ticks.iter().map(|(_, label)| format!("{label:>TIME_LABEL$}")).collect();
     let rounds = vec![format!("round {first:.0}"), format!("{last:.0}")];

@@ -5,16 +5,16 @@ use crate::print::seconds;
 /// How wide [`time`] is.
 pub const TIME: usize = 10;
 
-/// A size, the units below each other: `  16.0 MiB`.
+/// A size: `  16.0 MiB`, `     512 B`.
 pub fn size(bytes: u64) -> String {
     let (number, unit) = scaled(bytes);
-    format!("{number:>6} {unit:<3}")
+    format!("{:>10}", format!("{number} {unit}"))
 }
 
 /// A rate: `  16.0 MiB/s`.
 pub fn rate(bytes: f64) -> String {
     let (number, unit) = scaled(bytes.clamp(0.0, 1.8e19) as u64);
-    format!("{number:>6} {:<5}", format!("{unit}/s"))
+    format!("{:>12}", format!("{number} {unit}/s"))
 }
 
 fn scaled(bytes: u64) -> (String, &'static str) {
@@ -40,6 +40,11 @@ pub fn time(time: f64) -> String {
     let text = seconds(time);
     let text = if text.chars().count() > TIME { format!("{:.1} h", time / 3600.0) } else { text };
     format!("{text:>TIME$}")
+}
+
+/// A time that grows, which does not change its unit while one looks: `    0.79 s`.
+pub fn elapsed(so_far: f64) -> String {
+    if so_far < 119.995 { format!("{:>TIME$}", format!("{so_far:.2} s")) } else { time(so_far) }
 }
 
 /// A part of a whole: ` 62.0 %`.
@@ -73,9 +78,9 @@ mod tests {
             assert_eq!(percent(part).chars().count(), 7, "{}", percent(part));
         }
         assert_eq!(percent(0.99999), " 99.9 %");
-        assert_eq!(size(1023), "  1023 B  ");
+        assert_eq!(size(1023), "    1023 B");
         assert_eq!(size((1 << 30) - 1), "   1.0 GiB");
-        assert_eq!(rate(512.0), "   512 B/s  ");
+        assert_eq!(rate(512.0), "     512 B/s");
         assert_eq!(count(137_788), "  137788");
         assert_eq!(count(1_234_500_000), "1234.5 M");
     }

@@ -8,12 +8,12 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Paragraph, Wrap};
 
 use super::charts;
-use super::figures::{count, percent, rate, size, time};
+use super::figures::{count, elapsed, percent, rate, size, time};
 use super::theme::Theme;
 use crate::series::{Series, sane};
 
 /// What is known.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Watched {
     /// Where the machine is spoken to.
     pub machine: String,
@@ -104,7 +104,7 @@ fn draw_title(watched: &Watched, frame: &mut Frame<'_>, area: Rect) {
         None => ("", Status::None, 0.0),
         Some(report) => (side_name(report.side), report.status, sane(report.total_seconds)),
     };
-    let right = format!("{side:<11}  {:<14}{} ", status.to_string(), time(so_far));
+    let right = format!("{side:<11}  {:<14}{} ", status.to_string(), elapsed(so_far));
     let room = usize::from(area.width).saturating_sub(right.chars().count());
     let left: String = format!(" dunlin watch  {}", watched.machine).chars().take(room).collect();
     frame.render_widget(Line::styled(format!("{left:<room$}{right}"), style), area);
@@ -125,7 +125,10 @@ fn labelled(label: &str, text: impl Into<String>, theme: Theme) -> Line<'static>
 fn draw_body(watched: &Watched, report: &Report, frame: &mut Frame<'_>, area: Rect) {
     let theme = watched.theme;
     let [guest, ram, round, downtime] = Layout::vertical([Constraint::Length(1); 4]).areas(area);
-    frame.render_widget(labelled("Guest", format!("{}; {} here", report.guest, watched.state), theme), guest);
+    frame.render_widget(
+        labelled("Guest", format!("{:<28} this machine: {}", report.guest.to_string(), watched.state), theme),
+        guest,
+    );
     let total = report.ram.total_bytes;
     frame.render_widget(progress("RAM", report.ram.remaining_bytes, total, theme, area.width), ram);
     let (number, covered) = match watched.series.rounds().last() {
@@ -186,7 +189,7 @@ fn draw_charts(watched: &Watched, frame: &mut Frame<'_>, area: Rect) {
 fn draw_channels(watched: &Watched, report: &Report, frame: &mut Frame<'_>, area: Rect) {
     let theme = watched.theme;
     let mut lines = vec![Line::styled(
-        format!("{:<LABEL$}{:>10}  {:>12}  {:>10}  {:>10}", "Channel", "bytes  ", "a second  ", "frames", "pages"),
+        format!("{:<LABEL$}{:>10}  {:>12}  {:>10}  {:>10}", "Channel", "bytes", "a second", "frames", "pages"),
         theme.faint(),
     )];
     let room = usize::from(area.height).saturating_sub(1);
@@ -255,3 +258,6 @@ fn draw_keys(watched: &Watched, frame: &mut Frame<'_>, area: Rect) {
     };
     frame.render_widget(Line::styled(text, watched.theme.faint()), area);
 }
+
+#[cfg(test)]
+mod tests;

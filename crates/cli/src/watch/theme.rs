@@ -23,12 +23,12 @@ impl Theme {
         }
     }
 
-    /// What is sent.
+    /// What the migration does.
     pub fn first(self) -> Style {
         self.colour(33)
     }
 
-    /// What the guest does to it.
+    /// What stands against it: what the guest does, and limits.
     pub fn second(self) -> Style {
         self.colour(172)
     }
