@@ -24,6 +24,7 @@ pub(crate) static MIGRATION_INFO: Object = Object::of(
         optional("expected-downtime", Type::Int),
         optional("downtime", Type::Int),
         optional("setup-time", Type::Int),
+        optional("cpu-throttle-percentage", Type::Int),
         optional("error-desc", Type::Str),
         optional("socket-address", Type::Array(&Type::Object(&SOCKET_ADDRESS))),
     ],
@@ -97,6 +98,10 @@ fn members(report: &Report) -> Map<String, Value> {
     if report.status == Status::Completed || report.downtime_seconds > 0.0 {
         put("downtime", milliseconds(report.downtime_seconds));
     }
+    // QEMU throttles all vCPUs alike.
+    if let Some(percent) = report.vcpu_throttle_percent.iter().max().filter(|percent| **percent > 0) {
+        put("cpu-throttle-percentage", (*percent).into());
+    }
     if let Some(error) = &report.error {
         put("error-desc", error.message.clone().into());
     }
@@ -109,6 +114,8 @@ fn milliseconds(seconds: f64) -> Value {
 
 fn ram(report: &Report) -> Value {
     let ram = &report.ram;
+    // Whole pages, compressed or not.
+    let normal = ram.pages.total().saturating_sub(ram.pages.zero).saturating_sub(ram.pages.delta);
     let last_round = report.rounds.last();
     let pages_per_second = last_round.filter(|round| round.seconds > 0.0).map_or(0, |round| {
         let pages = round.pages.total();
@@ -124,8 +131,8 @@ fn ram(report: &Report) -> Value {
         "remaining": ram.remaining_bytes,
         "total": ram.total_bytes,
         "duplicate": ram.pages.zero,
-        "normal": ram.pages.plain,
-        "normal-bytes": ram.pages.plain.saturating_mul(PAGE_SIZE),
+        "normal": normal,
+        "normal-bytes": normal.saturating_mul(PAGE_SIZE),
         "dirty-pages-rate": report.dirty_bytes_per_second / PAGE_SIZE,
         "mbps": report.bandwidth_bytes_per_second as f64 * 8.0 / 1e6,
         "dirty-sync-count": report.rounds_ended(),
