@@ -157,21 +157,20 @@ impl Report {
         self.summary = summary::sentence(self);
     }
 
-    /// Takes what vCPUs are throttled by into the most they were.
-    pub(crate) fn note_throttle(&mut self, percent: &[u8]) {
-        let most = &mut self.max_vcpu_throttle_percent;
-        if percent.iter().any(|percent| *percent > 0) && most.len() < percent.len() {
-            most.resize(percent.len(), 0);
-        }
-        most.iter_mut().zip(percent).for_each(|(most, percent)| *most = (*most).max(*percent));
-    }
-
     /// Lists a round, in the place of the oldest if there are too many.
     pub(crate) fn push_round(&mut self, round: Round) {
         if self.rounds.len() >= MAX_ROUNDS {
             self.rounds.remove(0);
         }
         self.rounds.push(round);
+    }
+
+    /// From here on so much is taken of each vCPU's time, in percent.
+    pub(crate) fn set_throttle(&mut self, percent: Vec<u8>) {
+        let most = &mut self.max_vcpu_throttle_percent;
+        most.resize(most.len().max(percent.len()), 0);
+        most.iter_mut().zip(&percent).for_each(|(most, percent)| *most = (*most).max(*percent));
+        self.vcpu_throttle_percent = percent;
     }
 
     /// Rounds ended so far, listed or not.

@@ -1,8 +1,8 @@
 //! When a vCPU's thread runs and when it sleeps: the pace of its program, and its throttle.
 //!
 //! A throttled vCPU runs for a slice of every period and sleeps at the gate for the rest, so that it is paused as soon as
-//! any other. Both are kept in account: a slice that ends late, because nobody looked or another thread had the processor,
-//! is slept for, and a sleep that lasts too long is made up for.
+//! any other. Both are kept in account: a slice that ends late is slept for, as far as the thread was running and did not
+//! wait for a processor, and a sleep that lasts too long is made up for.
 //!
 //! The pace of a program stands for what a guest computes between its writes. So it counts the time that the vCPU may run
 //! and not that of the clock: throttled by half, a vCPU does half of its steps, with a pace and without.
@@ -16,8 +16,8 @@ use crate::gate::Gate;
 
 /// A slice and the sleep after it.
 const PERIOD: Duration = Duration::from_millis(10);
-/// No sleep is longer, whatever the account says: a thread that was kept from its processor has not run.
-const LONGEST_SLEEP: Duration = Duration::from_millis(50);
+/// No sleep is longer, whatever the account says.
+const LONGEST_SLEEP: Duration = Duration::from_millis(250);
 /// A vCPU goes ahead of its pace by up to this much before it sleeps,
 const BATCH: Duration = Duration::from_millis(1);
 /// and catches up on no more than this much.
@@ -51,13 +51,26 @@ impl Throttle {
 struct Slice {
     percent: u8,
     began: Instant,
+    /// The thread's processor time at its beginning,
+    processor: Duration,
+    /// and the time since then that its program has waited by itself.
+    waited: Duration,
     /// Nanoseconds of sleep that earlier slices have left, or of sleep that was too much.
     owed: i64,
 }
 
 impl Slice {
     fn new(percent: u8) -> Self {
-        Self { percent, began: Instant::now(), owed: 0 }
+        let mut slice =
+            Self { percent, began: Instant::now(), processor: Duration::ZERO, waited: Duration::ZERO, owed: 0 };
+        slice.begin();
+        slice
+    }
+
+    fn begin(&mut self) {
+        self.began = Instant::now();
+        self.processor = processor_time();
+        self.waited = Duration::ZERO;
     }
 
     fn length(&self) -> Duration {
@@ -70,11 +83,17 @@ impl Slice {
 
     /// The sleep that is owed if the slice ends now.
     fn owed_at(&self, now: Instant) -> i64 {
-        let ran = nanoseconds(now.saturating_duration_since(self.began));
+        let ran = processor_time().saturating_sub(self.processor).saturating_add(self.waited);
+        let ran = nanoseconds(ran.max(self.length()).min(now.saturating_duration_since(self.began)));
         let percent = i64::from(self.percent);
         let sleep = ran.saturating_mul(percent) / 100i64.saturating_sub(percent).max(1);
         self.owed.saturating_add(sleep).min(nanoseconds(LONGEST_SLEEP))
     }
+}
+
+/// Of this thread, the guest's on it included.
+fn processor_time() -> Duration {
+    Duration::try_from(rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime)).unwrap_or_default()
 }
 
 fn nanoseconds(duration: Duration) -> i64 {
@@ -112,7 +131,7 @@ impl<'a> Schedule<'a> {
             let owed = slice.owed_at(now);
             let until = now + Duration::from_nanos(u64::try_from(owed).unwrap_or(0));
             self.gate.sleep_while(until, || self.throttle.percent() == percent);
-            slice.began = Instant::now();
+            slice.begin();
             let slept = slice.began.saturating_duration_since(now);
             slice.owed = owed.saturating_sub(nanoseconds(slept)).max(-nanoseconds(PERIOD));
             self.due += slept;
@@ -136,8 +155,11 @@ impl<'a> Schedule<'a> {
         }
         while self.gate.is_open() && Instant::now() < self.due {
             let until = slice_end.map_or(self.due, |end| end.min(self.due));
-            let percent = self.throttle.percent();
+            let (percent, began) = (self.throttle.percent(), Instant::now());
             self.gate.sleep_while(until, || self.throttle.percent() == percent);
+            if let Some(slice) = &mut self.slice {
+                slice.waited += began.elapsed();
+            }
             slice_end = self.pass();
         }
     }

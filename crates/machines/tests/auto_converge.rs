@@ -62,7 +62,10 @@ fn a_hard_guest_arrives_whole() {
     // An eighth of the guest's rate is half of the link's; on a busy host it is less that the guest writes.
     assert!(most.len() == 2 && most.iter().all(|percent| (60..=95).contains(percent)), "{most:?}");
     assert_free(&from.guest, "at the source");
-    assert_eq!(destination.wait().status, Status::Completed);
+    let there = destination.wait();
+    assert_eq!(there.status, Status::Completed);
+    assert!(there.vcpu_throttle_percent.is_empty());
+    assert_eq!(there.max_vcpu_throttle_percent, report.max_vcpu_throttle_percent, "both sides say the same");
     assert_free(&to.guest, "at the destination");
     let (steps, began) = (to.machine.steps(), Instant::now());
     std::thread::sleep(Duration::from_millis(300));

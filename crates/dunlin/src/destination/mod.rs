@@ -116,6 +116,9 @@ impl Shared {
         {
             report.total_seconds = began.elapsed().as_secs_f64();
         }
+        if report.status.is_final() {
+            report.vcpu_throttle_percent.clear();
+        }
         report.guest = self.guest.place(Side::Destination);
         report.ram.transferred_bytes = lock(&self.control).bytes.load(Ordering::Relaxed);
         for (index, counters) in lock(&self.channels).iter() {

@@ -351,8 +351,7 @@ impl<'a> Session<'a> {
         report.predicted_downtime_seconds = Some(round.predicted_downtime_seconds);
         report.downtime_limit_seconds = done.downtime_limit.as_secs_f64();
         report.delta = done.delta;
-        report.note_throttle(&done.throttle);
-        report.vcpu_throttle_percent = done.throttle;
+        report.set_throttle(done.throttle);
         report.not_converging = Some(done.not_converging).filter(|why| !why.is_empty());
         report.push_round(round);
     }

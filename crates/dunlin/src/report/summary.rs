@@ -41,8 +41,10 @@ fn active(report: &Report) -> String {
         format_size(ram.remaining_bytes),
         format_size(ram.total_bytes)
     );
-    if let Some(why) = &report.not_converging {
-        text.push_str(&format!("; it does not converge: {why}"));
+    match (&report.not_converging, report.vcpu_throttle_percent.iter().max()) {
+        (Some(why), _) => text.push_str(&format!("; it does not converge: {why}")),
+        (None, Some(most)) => text.push_str(&format!("; the vCPUs are throttled by up to {most} %")),
+        (None, None) => {}
     }
     text
 }

@@ -70,6 +70,12 @@ fn settings(parameters: &Parameters) -> Settings {
 impl Migration<'_> {
     /// After a round after which the guest cannot be stopped yet, or could be sooner: slows the vCPUs by what it takes.
     pub(super) fn throttle(&mut self, number: u32, verdict: &Verdict) -> Result<(), Cause> {
+        self.decide_throttle(number, verdict)?;
+        lock(&self.shared.report).set_throttle(self.shared.guest.throttled_for_migration());
+        Ok(())
+    }
+
+    fn decide_throttle(&mut self, number: u32, verdict: &Verdict) -> Result<(), Cause> {
         let machine = self.shared.guest.machine().clone();
         let (switch, limit, settings) = {
             let parameters = lock(&self.shared.parameters);
@@ -124,7 +130,10 @@ impl Migration<'_> {
     }
 
     fn set_throttle(&self, percent: &[u8]) {
-        self.shared.guest.throttle_for_migration(if percent.iter().any(|p| *p > 0) { percent } else { &[] });
-        lock(&self.shared.report).note_throttle(percent);
+        self.shared.guest.throttle_for_migration(if percent.iter().any(|percent| *percent > 0) {
+            percent
+        } else {
+            &[]
+        });
     }
 }

@@ -201,9 +201,8 @@ impl Shared {
         {
             report.ram.remaining_bytes = common.dirty.remaining_bytes.load(Ordering::Relaxed);
         }
-        if !report.status.is_final() {
-            report.vcpu_throttle_percent = self.guest.throttled_for_migration();
-        }
+        report.vcpu_throttle_percent =
+            if report.status.is_final() { Vec::new() } else { self.guest.throttled_for_migration() };
         report.guest = self.guest.place(Side::Source);
         report.downtime_limit_seconds = lock(&self.parameters).downtime_limit.as_secs_f64();
         report.channels =
