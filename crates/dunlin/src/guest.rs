@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 
+use crate::dirty_rate::{DirtyRate, DirtyRateError, DirtyRateRequest, DirtyRateService};
 use crate::error::{GuestError, GuestPlace, MachineStep, Side};
 use crate::machine::Machine;
 use crate::report::Status;
@@ -68,6 +69,7 @@ pub struct Guest {
     state: Mutex<State>,
     watchers: Mutex<Vec<Sender<GuestEvent>>>,
     throttle: Throttle,
+    dirty_rate: DirtyRateService,
 }
 
 impl fmt::Debug for Guest {
@@ -90,6 +92,7 @@ impl Guest {
     fn with(machine: Arc<dyn Machine>, ownership: Ownership) -> Arc<Self> {
         Arc::new(Self {
             throttle: Throttle::new(machine.clone()),
+            dirty_rate: DirtyRateService::new(machine.clone()),
             machine,
             state: Mutex::new(State { ownership, running: false, runs_there: false, migrating: false }),
             watchers: Mutex::default(),
@@ -189,6 +192,25 @@ impl Guest {
         self.throttle.all()
     }
 
+    /// Begins to measure how fast the guest dirties its RAM, and returns at once; [`dirty_rate`](Self::dirty_rate) has the
+    /// result when it is there. A guest that is paused dirties nothing.
+    ///
+    /// # Errors
+    /// When the guest is not here, something is out of range, one is being measured already, or its way of measuring is not
+    /// to be had: [`DirtyRateError`] says why. Nothing is changed then.
+    pub fn calc_dirty_rate(&self, request: &DirtyRateRequest) -> Result<(), DirtyRateError> {
+        Self::must_be_here(&self.state())?;
+        self.dirty_rate.start(request, || match self.state().migrating {
+            true => Err(DirtyRateError::Migrating),
+            false => Ok(()),
+        })
+    }
+
+    /// What the latest measurement of the dirty rate has brought, or that it is under way.
+    pub fn dirty_rate(&self) -> DirtyRate {
+        self.dirty_rate.state()
+    }
+
     /// Slows the vCPUs for the migration under way, each by its percentage. It is let go when the migration is over and when
     /// the guest is paused for the switchover.
     pub(crate) fn throttle_for_migration(&self, percent: &[u8]) {
@@ -232,7 +254,13 @@ impl Guest {
     pub(crate) fn begin_outgoing(&self) -> Result<(), GuestError> {
         let mut state = self.state();
         Self::must_be_here(&state)?;
-        if std::mem::replace(&mut state.migrating, true) { Err(GuestError::Busy) } else { Ok(()) }
+        if std::mem::replace(&mut state.migrating, true) {
+            return Err(GuestError::Busy);
+        }
+        drop(state);
+        // Whoever asks for one from here on is refused.
+        self.dirty_rate.give_up_tracker();
+        Ok(())
     }
 
     /// An incoming migration may come. A guest that has gone may come back.

@@ -10,6 +10,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod dirty_rate;
 pub mod error;
 pub mod handover;
 pub mod machine;
@@ -34,6 +35,7 @@ mod wire;
 
 pub use channel::{Uri, UriError};
 pub use destination::Destination;
+pub use dirty_rate::{DirtyRate, DirtyRateError, DirtyRateMode, DirtyRateRequest, DirtyRateStatus};
 pub use error::{Cause, GuestError, GuestPlace, MigrationError, Side};
 pub use guest::{Guest, GuestEvent, Ownership};
 pub use machine::{Machine, MachineError, Need, StateSection, Vcpus};

@@ -170,13 +170,15 @@ impl Shared {
             Err(_) => Status::Failed,
         };
         let undecided = lock(&self.handover).state == SourceState::Released;
+        let snapshot = self.snapshot();
+        lock(&self.report).ram.remaining_bytes = snapshot.ram.remaining_bytes;
+        // The tracker goes first: once the migration is over somebody else may want one.
+        lock(&self.common).take();
         if !undecided {
             self.guest.end_migration();
         }
-        let snapshot = self.snapshot();
         let mut report = lock(&self.report);
         report.total_seconds = snapshot.total_seconds;
-        report.ram.remaining_bytes = snapshot.ram.remaining_bytes;
         if status == Status::Completed {
             let rounds_time: f64 = report.rounds.iter().map(|round| round.seconds).sum();
             let moved: u64 = report.rounds.iter().map(|round| round.transferred_bytes).sum();
@@ -187,7 +189,6 @@ impl Shared {
         report.error = result.err().map(|cause| (&self.error(phase, cause)).into());
         self.set_status(&mut report, status);
         drop(report);
-        lock(&self.common).take();
         self.ended.notify_all();
     }
 
