@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::ArgValueCompleter;
 use dunlin::parameters::ParameterInfo;
 use dunlin::units::{self, QuantityError};
 use dunlin::{Parameters, Uri, UriError};
@@ -13,6 +14,8 @@ use dunlin_machines::{
     Backing, DeviceConfig, DirtyTracking, DiskConfig, Fill, MemoryJob, NetConfig, Payload, SerialTarget, Workload,
 };
 use dunlin_monitor::{Address, parse_address};
+
+use crate::completion::{self, Shell};
 
 /// Live migration for virtual machines.
 #[derive(Debug, Parser)]
@@ -46,8 +49,12 @@ pub enum Command {
     Cont(Cont),
     /// End a machine's process.
     Quit(At),
+    /// Talk to a machine in words: on a terminal with history and completion, or from a script.
+    Monitor(Monitor),
     /// List the parameters of migrations.
     Parameters(ListParameters),
+    /// Print what a shell needs to complete command lines of dunlin.
+    Completion(Completion),
     /// Measure a part of the engine beside its physical limit.
     #[command(subcommand)]
     Bench(Bench),
@@ -234,7 +241,7 @@ pub struct Demo {
     #[arg(long, value_enum, default_value_t = Transport::Tcp)]
     pub transport: Transport,
     /// Set a parameter of the migration; may be repeated. `dunlin parameters` lists them.
-    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
+    #[arg(long, value_name = "NAME=VALUE", value_parser = setting, add = ArgValueCompleter::new(completion::settings))]
     pub set: Vec<Setting>,
     /// Print one JSON object.
     #[arg(long)]
@@ -342,7 +349,7 @@ pub struct Run {
     pub incoming: Option<Incoming>,
     /// Where to serve QMP: unix:PATH, or tcp:HOST:PORT, where whoever can connect may run commands as this user; may be
     /// repeated.
-    #[arg(long, value_name = "ADDRESS", required = true, value_parser = parse_address)]
+    #[arg(long, value_name = "ADDRESS", required = true, value_parser = parse_address, add = ArgValueCompleter::new(completion::sockets))]
     pub qmp: Vec<Address>,
     /// Serve the figures of its migrations to Prometheus, at http://HOST:PORT/metrics. Whoever reaches it may read them.
     #[arg(long, value_name = "HOST:PORT")]
@@ -414,13 +421,13 @@ pub enum Incoming {
 #[derive(Debug, Args)]
 pub struct Migrate {
     /// The machine to migrate: unix:PATH or tcp:HOST:PORT of its QMP.
-    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_address, add = ArgValueCompleter::new(completion::sockets))]
     pub qmp: Address,
     /// Where to: tcp:HOST:PORT, unix:PATH, fd:N or exec:COMMAND.
     #[arg(value_parser = uri)]
     pub uri: Uri,
     /// Set a parameter of the migration; may be repeated. `dunlin parameters` lists them.
-    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
+    #[arg(long, value_name = "NAME=VALUE", value_parser = setting, add = ArgValueCompleter::new(completion::settings))]
     pub set: Vec<Setting>,
     /// Do not wait for the end.
     #[arg(long)]
@@ -437,7 +444,7 @@ pub struct Migrate {
 pub struct Watch {
     /// The machine, on either side of the migration: unix:PATH or tcp:HOST:PORT of its QMP. Leaving (q or Ctrl-C) does
     /// nothing to it.
-    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_address, add = ArgValueCompleter::new(completion::sockets))]
     pub qmp: Address,
     /// Record what is seen, for `dunlin report`, into a new file.
     #[arg(long, value_name = "FILE.jsonl")]
@@ -457,7 +464,7 @@ pub struct MakeReport {
 #[derive(Debug, Args)]
 pub struct At {
     /// The machine: unix:PATH or tcp:HOST:PORT of its QMP.
-    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_address, add = ArgValueCompleter::new(completion::sockets))]
     pub qmp: Address,
     /// Print JSON.
     #[arg(long)]
@@ -474,11 +481,35 @@ pub struct Cont {
     pub take_back: bool,
 }
 
+/// On a terminal it asks for commands; `help` lists them. Otherwise it reads them from standard input, up to the first
+/// that fails.
+#[derive(Debug, Args)]
+pub struct Monitor {
+    /// The machine, or QEMU: unix:PATH or tcp:HOST:PORT of its QMP.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_address, add = ArgValueCompleter::new(completion::sockets))]
+    pub qmp: Address,
+    /// Carry out a command and end; may be repeated: one after the other, up to the first that fails.
+    #[arg(short = 'c', long = "command", value_name = "COMMAND")]
+    pub commands: Vec<String>,
+}
+
 #[derive(Debug, Args)]
 pub struct ListParameters {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+    /// Print docs/parameters.md.
+    #[arg(long, conflicts_with = "json")]
+    pub markdown: bool,
+}
+
+/// For bash: `source <(dunlin completion bash)`. For zsh, after compinit: `source <(dunlin completion zsh)`. For fish:
+/// `dunlin completion fish | source`.
+#[derive(Debug, Args)]
+pub struct Completion {
+    /// Which shell.
+    #[arg(value_enum)]
+    pub shell: Shell,
 }
 
 /// A parameter and its value, in the unit of its table.
@@ -580,7 +611,11 @@ mod tests {
             "stop --qmp unix:/a",
             "cont --qmp unix:/a --take-back",
             "quit --qmp unix:/a",
+            "monitor --qmp unix:/a",
+            "monitor --qmp /a -c stop -c cont",
+            "completion bash",
             "parameters --json",
+            "parameters --markdown",
             "bench bitmap --memory 64G --json",
         ] {
             assert!(parse(line).is_ok(), "{line}: {:?}", parse(line));

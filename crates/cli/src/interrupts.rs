@@ -27,6 +27,23 @@ impl Interrupts {
         Self::install_all(true)
     }
 
+    /// From now on Ctrl-C no longer ends the process, but a second one does; other requests to end still do.
+    pub fn install_for_keyboard() -> Result<Self> {
+        let interrupts = Self { interrupted: Arc::default(), terminated: Arc::default() };
+        let install = || {
+            flag::register_conditional_shutdown(SIGINT, 130, Arc::clone(&interrupts.interrupted))?;
+            flag::register(SIGINT, Arc::clone(&interrupts.interrupted))
+        };
+        install().context("could not install a signal handler")?;
+        Ok(interrupts)
+    }
+
+    /// What has arrived was heeded: only what comes from now on counts.
+    pub fn forget(&self) {
+        self.interrupted.store(false, Ordering::Relaxed);
+        self.terminated.store(false, Ordering::Relaxed);
+    }
+
     fn install_all(second_ends: bool) -> Result<Self> {
         let interrupts = Self { interrupted: Arc::default(), terminated: Arc::default() };
         let install = || {

@@ -9,11 +9,13 @@
 mod args;
 mod bench;
 mod commands;
+mod completion;
 mod connection;
 mod demo;
 mod following;
 mod interrupts;
 mod migrate;
+mod monitor;
 mod page;
 mod parameters;
 mod progress;
@@ -43,6 +45,12 @@ enum Outcome {
 }
 
 fn main() -> ExitCode {
+    match completion::answer_shell() {
+        Ok(true) => return ExitCode::SUCCESS,
+        Ok(false) => {}
+        // A shell shows nothing of what is wrong.
+        Err(error) => error.exit(),
+    }
     let command = match Cli::try_parse() {
         Ok(cli) => cli.command,
         Err(error) if error.use_stderr() && !error.to_string().starts_with("error: ") => error.exit(),
@@ -77,6 +85,8 @@ fn carry_out(command: Command) -> Result<Outcome> {
         Command::Stop(at) => commands::stop(&at),
         Command::Cont(args) => commands::cont(&args),
         Command::Quit(at) => commands::quit(&at),
-        Command::Parameters(args) => parameters::parameters(args.json),
+        Command::Monitor(args) => monitor::monitor(&args, &Interrupts::install_for_keyboard()?),
+        Command::Parameters(args) => parameters::parameters(&args),
+        Command::Completion(args) => completion::completion(args.shell),
     }
 }

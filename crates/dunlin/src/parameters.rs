@@ -408,10 +408,13 @@ impl ParameterInfo {
 
     /// `number` for people, with its unit; [`parse`](Self::parse) takes it back.
     pub fn text(&self, number: i64) -> String {
-        let positive = u64::try_from(number).unwrap_or(0);
+        let size = || {
+            let size = units::exact_size(u64::try_from(number).unwrap_or(0));
+            if size.ends_with(|last: char| last.is_ascii_digit()) { format!("{size}B") } else { size }
+        };
         match self.unit {
-            Unit::BytesPerSecond => format!("{}/s", units::exact_size(positive)),
-            Unit::Bytes => units::exact_size(positive),
+            Unit::BytesPerSecond => format!("{}/s", size()),
+            Unit::Bytes => size(),
             Unit::Milliseconds => format!("{number}ms"),
             Unit::Percent => format!("{number}%"),
             Unit::Count | Unit::Switch | Unit::Choice(_) => self.value(number).to_string(),

@@ -47,8 +47,11 @@ fn size_scale(suffix: &str) -> Option<f64> {
 /// When it is not one.
 pub fn parse_size(text: &str) -> Result<u64, QuantityError> {
     // Whole numbers keep all their digits, which a detour over floating point would not.
-    if let Ok(bytes) = text.trim().parse() {
-        return Ok(bytes);
+    let trimmed = text.trim();
+    let (number, suffix) = trimmed.split_at(trimmed.find(|c: char| !c.is_ascii_digit()).unwrap_or(trimmed.len()));
+    if let (Ok(number), Some(scale)) = (number.parse::<u64>(), size_scale(suffix.trim())) {
+        let bytes = number.checked_mul(scale as u64);
+        return bytes.ok_or_else(|| QuantityError { text: text.to_owned(), expected: SIZE });
     }
     scaled(text, SIZE, size_scale).map(|bytes| bytes as u64)
 }
@@ -125,6 +128,8 @@ mod tests {
             ("0", 0),
             ("4096", 4096),
             ("18446744073709551615", u64::MAX),
+            ("18446744073709551615B", u64::MAX),
+            ("18014398509481983K", u64::MAX - 1023),
             ("2G", 2 << 30),
             ("2g", 2 << 30),
             ("1.5GiB", 3 << 29),

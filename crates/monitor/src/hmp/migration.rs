@@ -1,0 +1,71 @@
+//! Commands that start, end and steer a migration, and the guest.
+
+use dunlin::{Status, Uri};
+
+use super::error::HmpError;
+use super::table::Given;
+use crate::vm::Vm;
+
+/// Starts a migration. It never waits for the end: that is for whoever sent the line (`dunlin monitor` does).
+pub(super) fn migrate(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
+    if given.has("-r") {
+        vm.reconnect()?;
+        return Ok("asking for the guest again; `info migrate` tells how it goes\n".to_owned());
+    }
+    let uri = uri(given)?;
+    vm.migrate(&uri)?;
+    Ok(format!("migrating to {uri}; `info migrate` tells how it goes\n"))
+}
+
+fn uri(given: &Given<'_>) -> Result<Uri, HmpError> {
+    let missing = || HmpError::Missing { missing: "URI", usage: given.command.usage() };
+    Ok(given.word(0).ok_or_else(missing)?.parse()?)
+}
+
+pub(super) fn cancel(vm: &Vm, _: &Given<'_>) -> Result<String, HmpError> {
+    vm.cancel()?;
+    Ok(String::new())
+}
+
+pub(super) fn incoming(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
+    let uri = uri(given)?;
+    vm.listen(&uri)?;
+    let uri = vm.listening_on().unwrap_or(uri);
+    Ok(format!("waiting for a migration on {uri}\n"))
+}
+
+pub(super) fn resume_switchover(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
+    let wanted = Status::PreSwitchover;
+    let word = given.word(0).unwrap_or_default();
+    if word != wanted.to_string() {
+        return Err(HmpError::NotThat {
+            word: word.to_owned(),
+            wanted: "a state that a migration waits in: pre-switchover",
+            usage: given.command.usage(),
+        });
+    }
+    vm.resume_switchover(wanted)?;
+    Ok(String::new())
+}
+
+pub(super) fn pause(_: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
+    Err(HmpError::NotYet { name: given.command.name, lacking: "postcopy" })
+}
+
+pub(super) fn stop(vm: &Vm, _: &Given<'_>) -> Result<String, HmpError> {
+    vm.stop()?;
+    Ok(String::new())
+}
+
+pub(super) fn cont(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
+    if given.has("-t") {
+        vm.take_back()?;
+    }
+    vm.cont()?;
+    Ok(String::new())
+}
+
+pub(super) fn quit(vm: &Vm, _: &Given<'_>) -> Result<String, HmpError> {
+    vm.cancel_outgoing();
+    Ok(String::new())
+}
