@@ -44,7 +44,7 @@ pub fn interactive(dialogue: &mut Dialogue) -> Result<Outcome> {
             Err(ReadlineError::Eof) => return Ok(Outcome::Success),
             Err(error) => return Err(error).context("could not read from the terminal"),
         };
-        history.keep(&mut editor, &line);
+        history.keep(&mut editor, line.trim());
         match dialogue.say(&line)? {
             Answer::Done(text) => print(&text)?,
             Answer::Failed { text, why } => {
@@ -79,7 +79,7 @@ impl History {
     }
 
     fn keep(&mut self, editor: &mut Editor<Words, FileHistory>, line: &str) {
-        if line.trim().is_empty() || !editor.add_history_entry(line).unwrap_or(false) {
+        if line.is_empty() || !editor.add_history_entry(line).unwrap_or(false) {
             return;
         }
         let Some(path) = &self.path else { return };

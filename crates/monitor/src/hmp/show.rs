@@ -3,11 +3,12 @@
 use std::fmt::Write;
 
 use dunlin::parameters::{Changes, ParameterInfo};
-use dunlin::{PARAMETERS, Side};
+use dunlin::{PARAMETERS, Side, Status};
 
 use super::error::HmpError;
 use super::settings::{CACHE_SIZE, line};
 use super::table::Given;
+use crate::text;
 use crate::vm::{RunState, Vm};
 
 pub(super) fn status(vm: &Vm, _: &Given<'_>) -> Result<String, HmpError> {
@@ -20,13 +21,18 @@ pub(super) fn status(vm: &Vm, _: &Given<'_>) -> Result<String, HmpError> {
 
 pub(super) fn migration(vm: &Vm, _: &Given<'_>) -> Result<String, HmpError> {
     let Some(report) = vm.report() else { return Ok("no migration yet\n".to_owned()) };
-    let mut text = String::new();
-    if let Some(uri) = vm.listening_on().filter(|_| report.side == Side::Destination && report.session.is_none()) {
-        // Writing to a string does not fail.
-        let _ = writeln!(text, "waiting for a migration on {uri}");
+    let is_waiting = report.side == Side::Destination && report.status == Status::Setup && report.session.is_none();
+    match vm.listening_on() {
+        Some(uri) if is_waiting => {
+            let mut text = format!("waiting for a migration on {uri}\n");
+            if let Some(latest) = &report.refused_connections.latest {
+                // Writing to a string does not fail.
+                let _ = writeln!(text, "refused the connection from {latest}");
+            }
+            Ok(text)
+        }
+        _ => Ok(format!("migration, seen by the {}: {}", report.side, text::report(&report))),
     }
-    let _ = writeln!(text, "migration, seen by the {}: {}", report.side, report.status);
-    Ok(text)
 }
 
 pub(super) fn capabilities(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {

@@ -199,7 +199,7 @@ pub(super) static COMMANDS: &[Command] = &[
     Command {
         name: "set_vcpu_throttle",
         arguments: &[required("PERCENT", Kind::Text), optional("VCPU", Kind::Text)],
-        help: "take this part of the time of a vCPU, or of all",
+        help: "slow a vCPU down, or all: take this part of its time, until it is cancelled",
         does: Does::Run(throttle::set),
     },
     Command {
@@ -261,7 +261,7 @@ pub(super) static TOPICS: &[Command] = &[
         name: "vcpu_throttle",
         arguments: &[],
         help: "how much of each vCPU's time is taken",
-        does: Does::Run(throttle::throttle),
+        does: Does::Run(throttle::show),
     },
     not_yet("vcpu_dirty_limit", "limits of dirty rates; `info vcpu_throttle` shows throttles"),
     not_yet("snapshots", "snapshots"),
