@@ -6,8 +6,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::mpsc::{self, SyncSender};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use serde_json::Value;
 use crate::commands::{self, Call};
 use crate::events::ShutdownCause;
 use crate::framing::{FramingError, Splitter};
+use crate::hmp;
 use crate::input::{self, Pending};
 use crate::outbox::{Gone, Outbox};
 use crate::protocol::{self, Band, OutOfBand, Refusal, Request};
@@ -33,9 +34,10 @@ const READ_BYTES: usize = 16 << 10;
 /// # Errors
 /// When it cannot be read from, or a thread cannot be started.
 pub(crate) fn serve(outbox: &Arc<Outbox>, vm: &Vm) -> io::Result<()> {
+    let human = Mutex::default();
     thread::scope(|threads| {
         thread::Builder::new().name("qmp-writer".to_owned()).spawn_scoped(threads, || outbox.write_all())?;
-        let outcome = read_all(outbox, vm, threads);
+        let outcome = read_all(outbox, vm, &human, threads);
         // Everything is answered, and may take its time to be read.
         outbox.finish();
         outcome
@@ -45,12 +47,13 @@ pub(crate) fn serve(outbox: &Arc<Outbox>, vm: &Vm) -> io::Result<()> {
 fn read_all<'scope, 'env>(
     outbox: &'env Arc<Outbox>,
     vm: &'env Vm,
+    human: &'env Mutex<hmp::Session>,
     threads: &'scope Scope<'scope, 'env>,
 ) -> io::Result<()> {
     if outbox.reply(protocol::line(&protocol::greeting())).is_err() {
         return Ok(());
     }
-    let mut session = Session { vm, outbox, threads, state: State::Negotiating };
+    let mut session = Session { vm, outbox, human, threads, state: State::Negotiating };
     let (mut splitter, mut pending) = (Splitter::new(), Pending::default());
     let mut buffer = [0; READ_BYTES];
     loop {
@@ -85,6 +88,7 @@ enum State<'scope> {
 struct Session<'scope, 'env> {
     vm: &'env Vm,
     outbox: &'env Arc<Outbox>,
+    human: &'env Mutex<hmp::Session>,
     threads: &'scope Scope<'scope, 'env>,
     state: State<'scope>,
 }
@@ -110,7 +114,7 @@ impl Session<'_, '_> {
             State::Negotiating => self.negotiate(task),
             // Errors wait their turn too: answers come in the order of what is answered.
             State::OutOfBand(worker) if !at_once => worker.take(task),
-            State::OutOfBand(_) | State::Plain => answer(self.vm, self.outbox, task),
+            State::OutOfBand(_) | State::Plain => answer(self.vm, self.human, self.outbox, task),
         }
     }
 
@@ -124,7 +128,7 @@ impl Session<'_, '_> {
             self.state = match wanted {
                 OutOfBand::Off => State::Plain,
                 OutOfBand::On => State::OutOfBand(
-                    Worker::start(self.vm, self.outbox, self.threads)
+                    Worker::start(self.vm, self.human, self.outbox, self.threads)
                         .map_err(|error| Refusal::generic(format_args!("could not start a thread: {error}")))?,
                 ),
             };
@@ -147,12 +151,17 @@ struct Worker<'scope> {
 }
 
 impl<'scope> Worker<'scope> {
-    fn start<'env>(vm: &'env Vm, outbox: &'env Arc<Outbox>, threads: &'scope Scope<'scope, 'env>) -> io::Result<Self> {
+    fn start<'env>(
+        vm: &'env Vm,
+        human: &'env Mutex<hmp::Session>,
+        outbox: &'env Arc<Outbox>,
+        threads: &'scope Scope<'scope, 'env>,
+    ) -> io::Result<Self> {
         let (queue, tasks) = mpsc::sync_channel::<Task>(QUEUED);
         // A client that is gone is answered no more; what it asked for is done all the same.
         let run = move || {
             for task in tasks {
-                let _ = answer(vm, outbox, task);
+                let _ = answer(vm, human, outbox, task);
             }
         };
         let thread = thread::Builder::new().name("qmp-worker".to_owned()).spawn_scoped(threads, run)?;
@@ -174,12 +183,12 @@ impl Drop for Worker<'_> {
 }
 
 /// Carries out a command and answers.
-fn answer(vm: &Vm, outbox: &Outbox, task: Task) -> Result<(), Gone> {
+fn answer(vm: &Vm, human: &Mutex<hmp::Session>, outbox: &Outbox, task: Task) -> Result<(), Gone> {
     let mut quits = false;
     let outcome = task.request.and_then(|request| {
-        quits = request.command == commands::QUIT;
+        quits = commands::quits(&request.command, &request.arguments);
         commands::execute(
-            Call { vm, arguments: request.arguments, descriptor: task.descriptor },
+            Call { vm, human, arguments: request.arguments, descriptor: task.descriptor },
             &request.command,
             request.band,
         )

@@ -369,20 +369,6 @@ impl Vm {
         }
     }
 
-    /// Has a migration out go on that waits in `waiting_in`, which may only be [`Status::PreSwitchover`].
-    ///
-    /// # Errors
-    /// When none waits there.
-    pub fn resume_switchover(&self, waiting_in: Status) -> Result<(), VmError> {
-        match self.latest() {
-            Latest::Outgoing(source) => Ok(source.resume_switchover(waiting_in)?),
-            Latest::None | Latest::Incoming(_) => {
-                let actual = self.report().map_or(Status::None, |report| report.status);
-                Err(GuestError::NotWaiting { expected: waiting_in, actual }.into())
-            }
-        }
-    }
-
     /// Listens on `uri` for a migration in.
     ///
     /// # Errors

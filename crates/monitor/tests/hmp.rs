@@ -119,6 +119,8 @@ fn all_or_none() {
             &["cpu-throttle-initial=60%", "max-cpu-throttle=50%", "a vCPU cannot"],
         ),
         ("migrate_set_capability events xbzrle maybe", &["xbzrle", "maybe", "on or off"]),
+        ("migrate_set_parameter tls-creds x", &["tls-creds is not there yet: there is no TLS yet"]),
+        ("migrate_set_capability events postcopy-ram", &["postcopy-ram is not there yet: there is no postcopy yet"]),
         ("migrate_set_capability events downtime-limit", &["downtime-limit", "migrate_set_parameter"]),
         ("migrate_set_capability", &["NAME is missing", "[on|off]"]),
     ] {
@@ -206,7 +208,7 @@ fn the_guest_and_its_migrations() {
     talk.refuses("migrate -x tcp:localhost:4444", &["'-x'", "migrate [-d] [-r] [URI]"]);
     talk.refuses("migrate tcp:localhost:1 now", &["'now' is too much"]);
     talk.refuses("migrate -r", &["no outgoing migration to resume"]);
-    talk.refuses("migrate_continue pre-switchover", &["does not wait in pre-switchover: it is none"]);
+    talk.refuses("migrate_continue pre-switchover", &["not in expected state: none"]);
     talk.refuses("migrate_continue device", &["'device'", "pre-switchover"]);
     talk.refuses("migrate_incoming tcp:127.0.0.1:0", &["a guest is here already"]);
     talk.refuses("cont -t", &["nothing is undecided"]);
@@ -226,7 +228,7 @@ fn help_has_every_row() {
     for name in ["migrate [-d] [-r] [URI] -- ", "info [WHAT] -- ", "migrate_set_capability NAME [on|off] ... -- "] {
         assert!(help.contains(name), "{name} is not in\n{help}");
     }
-    assert!(help.contains("savevm -- not there yet: this version has no snapshots\n"), "{help}");
+    assert!(help.contains("savevm -- not there yet: there are no snapshots yet\n"), "{help}");
     let names: Vec<&str> = help.lines().map(|line| line.split_whitespace().next().unwrap()).collect();
     for name in &names {
         assert!(talk.says(&format!("help {name}")).starts_with(name));

@@ -1,9 +1,10 @@
 //! Commands on the machine and its process.
 
+use std::sync::PoisonError;
+
 use serde_json::{Map, Value, json};
 
-use super::{Call, Command, NOTHING, Oob, QUIT, done};
-use crate::hmp;
+use super::{Call, Command, HUMAN, NOTHING, Oob, QUIT, done};
 use crate::protocol::{self, Refusal};
 use crate::schema::{self, Enum, Object, Type, optional, required};
 
@@ -60,9 +61,9 @@ pub(super) static COMMANDS: &[Command] = &[
         run: x_verify,
     },
     Command {
-        name: "human-monitor-command",
+        name: HUMAN,
         help: "Carries out a line of the monitor for people, and gives what it prints.",
-        takes: &HUMAN_LINE,
+        takes: &HUMAN_ARGUMENTS,
         gives: Type::Str,
         oob: Oob::Refused,
         run: human_monitor_command,
@@ -101,8 +102,8 @@ static VERSION_TRIPLE: Object = Object::of(
 
 static NAME_INFO: Object = Object::of("NameInfo", &[optional("name", Type::Str)]);
 static CONT: Object = Object::of("Cont", &[optional("x-take-back", Type::Bool)]);
-static HUMAN_LINE: Object =
-    Object::of("HumanMonitorCommand", &[required("command-line", Type::Str), optional("cpu-index", Type::Int)]);
+static HUMAN_ARGUMENTS: Object =
+    Object::of("HumanMonitorCommand", &[required(super::HUMAN_LINE, Type::Str), optional("cpu-index", Type::Int)]);
 
 fn cont(call: Call<'_>) -> Result<Value, Refusal> {
     if call.arguments().is_true("x-take-back") {
@@ -124,12 +125,12 @@ fn x_verify(call: Call<'_>) -> Result<Value, Refusal> {
 
 fn human_monitor_command(call: Call<'_>) -> Result<Value, Refusal> {
     let arguments = call.arguments();
-    let cpu_index = match arguments.integer("cpu-index") {
-        None => None,
-        Some(index) => {
-            let index = index.as_u64().and_then(|index| u32::try_from(index).ok());
-            Some(index.ok_or_else(|| Refusal::generic("Parameter 'cpu-index' expects a CPU number"))?)
-        }
-    };
-    hmp::execute(call.vm, arguments.required("command-line"), cpu_index).map(Value::from).map_err(Refusal::generic)
+    // No line of ours is about one CPU's registers, but what is given must be a CPU's number.
+    if let Some(index) = arguments.integer("cpu-index")
+        && index.as_u64().and_then(|index| u32::try_from(index).ok()).is_none()
+    {
+        return Err(Refusal::generic("Parameter 'cpu-index' expects a CPU number"));
+    }
+    let mut human = call.human.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(human.answer(call.vm, arguments.required(super::HUMAN_LINE)).into())
 }

@@ -8,11 +8,13 @@ mod migration;
 mod parameters;
 
 use std::os::fd::OwnedFd;
+use std::sync::Mutex;
 
 use serde_json::{Map, Value, json};
 
 pub(crate) use arguments::Arguments;
 
+use crate::hmp;
 use crate::not_yet;
 use crate::protocol::{Band, OutOfBand, Refusal};
 use crate::schema::{self, Enum, Object, Type, optional};
@@ -22,6 +24,9 @@ use crate::vm::Vm;
 pub(crate) const NEGOTIATE: &str = "qmp_capabilities";
 /// The command after whose answer the process ends.
 pub(crate) const QUIT: &str = "quit";
+/// The command that carries out a line of the monitor for people.
+const HUMAN: &str = "human-monitor-command";
+const HUMAN_LINE: &str = "command-line";
 /// The command that takes a file descriptor.
 pub(crate) const GETFD: &str = "getfd";
 
@@ -46,6 +51,8 @@ pub(crate) struct Command {
 /// One command being carried out; its arguments are checked.
 pub(crate) struct Call<'a> {
     pub(crate) vm: &'a Vm,
+    /// The client's dialogue with the monitor for people.
+    pub(crate) human: &'a Mutex<hmp::Session>,
     pub(crate) arguments: Map<String, Value>,
     pub(crate) descriptor: Option<OwnedFd>,
 }
@@ -94,6 +101,12 @@ pub(crate) fn execute(call: Call<'_>, name: &str, band: Band) -> Result<Value, R
     }
     command.takes.check_arguments(&call.arguments)?;
     (command.run)(call)
+}
+
+/// Whether the process ends after this command, if it is carried out.
+pub(crate) fn quits(name: &str, arguments: &Map<String, Value>) -> bool {
+    let line = || arguments.get(HUMAN_LINE).and_then(Value::as_str);
+    name == QUIT || name == HUMAN && line().is_some_and(hmp::quits)
 }
 
 /// Reads what a client wants of what was offered in the greeting.

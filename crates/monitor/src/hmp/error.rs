@@ -21,13 +21,13 @@ pub enum HmpError {
         /// What was asked for.
         name: String,
     },
-    /// A command that QEMU has and this monitor has not yet.
-    #[error("{name} is not there yet: this version has no {lacking}")]
+    /// A command or parameter that QEMU has and Dunlin has not.
+    #[error("{name} is not there yet: {why}")]
     NotYet {
-        /// The command.
+        /// Its name.
         name: &'static str,
-        /// What it would need.
-        lacking: &'static str,
+        /// The reason.
+        why: &'static str,
     },
     /// A word is missing.
     #[error("{missing} is missing; use it as `{usage}`")]

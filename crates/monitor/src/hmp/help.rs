@@ -31,7 +31,7 @@ pub(super) fn topics() -> String {
 
 fn line(before: &str, command: &Command) -> String {
     match command.does {
-        Does::NotYet(lacking) => format!("{before}{} -- not there yet: this version has no {lacking}\n", command.name),
+        Does::NotYet(qmp) => format!("{before}{} -- not there yet: {}\n", command.name, table::why(qmp)),
         _ => format!("{before}{} -- {}\n", command.usage(), command.help),
     }
 }

@@ -49,7 +49,7 @@ pub(super) fn resume_switchover(vm: &Vm, given: &Given<'_>) -> Result<String, Hm
 }
 
 pub(super) fn pause(_: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
-    Err(HmpError::NotYet { name: given.command.name, lacking: "postcopy" })
+    Err(HmpError::NotYet { name: given.command.name, why: "it pauses a postcopy, and there is none yet" })
 }
 
 pub(super) fn stop(vm: &Vm, _: &Given<'_>) -> Result<String, HmpError> {

@@ -48,7 +48,7 @@ impl Session {
 
     fn run(&mut self, vm: &Vm, command: &'static Command, words: &[&str]) -> Result<String, HmpError> {
         match command.does {
-            Does::NotYet(lacking) => Err(HmpError::NotYet { name: command.name, lacking }),
+            Does::NotYet(qmp) => Err(HmpError::NotYet { name: command.name, why: table::why(qmp) }),
             Does::Info => match words.split_first() {
                 None => Ok(help::topics()),
                 Some((topic, words)) => self.run(vm, table::topic(topic)?, words),

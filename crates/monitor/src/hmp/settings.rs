@@ -3,7 +3,7 @@
 use dunlin::parameters::{ParameterError, ParameterInfo};
 
 use super::error::HmpError;
-use super::table::Given;
+use super::table::{Given, parameter};
 use crate::vm::Vm;
 
 /// A number of a row's unit, to be set.
@@ -58,10 +58,10 @@ pub(super) fn set_parameters(vm: &Vm, given: &Given<'_>) -> Result<String, HmpEr
     for pair in given.words.chunks(2) {
         let &[name, value] = pair else {
             // A name without its value.
-            ParameterInfo::find(pair.first().copied().unwrap_or_default())?;
+            parameter(pair.first().copied().unwrap_or_default())?;
             return Err(HmpError::Missing { missing: "VALUE", usage: given.command.usage() });
         };
-        let info = ParameterInfo::find(name)?;
+        let info = parameter(name)?;
         settings.push((info, info.parse(value)?));
     }
     apply(vm, &settings)
@@ -72,12 +72,12 @@ pub(super) fn set_capabilities(vm: &Vm, given: &Given<'_>) -> Result<String, Hmp
     let mut settings: Vec<Setting> = Vec::new();
     let mut words = given.words.iter().peekable();
     while let Some(name) = words.next() {
-        let info = ParameterInfo::find(name)?;
+        let info = parameter(name)?;
         if !info.is_capability() {
             return Err(HmpError::NotACapability { name: info.name });
         }
         // The next word is the next capability, unless it is none.
-        let value = words.next_if(|word| ParameterInfo::find(word).is_err()).copied().unwrap_or("on");
+        let value = words.next_if(|word| matches!(parameter(word), Err(HmpError::Parameter(_)))).copied().unwrap_or("on");
         settings.push((info, info.parse(value)?));
     }
     apply(vm, &settings)

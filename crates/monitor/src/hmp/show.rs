@@ -7,7 +7,7 @@ use dunlin::{PARAMETERS, Side, Status};
 
 use super::error::HmpError;
 use super::settings::{CACHE_SIZE, line};
-use super::table::Given;
+use super::table::{Given, parameter};
 use crate::text;
 use crate::vm::{RunState, Vm};
 
@@ -38,7 +38,7 @@ pub(super) fn migration(vm: &Vm, _: &Given<'_>) -> Result<String, HmpError> {
 pub(super) fn capabilities(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
     match given.word(0) {
         Some(name) => {
-            let info = ParameterInfo::find(name)?;
+            let info = parameter(name)?;
             if info.is_capability() { one(vm, info) } else { Err(HmpError::NotACapability { name: info.name }) }
         }
         None => Ok(all(vm, ParameterInfo::is_capability)),
@@ -47,7 +47,7 @@ pub(super) fn capabilities(vm: &Vm, given: &Given<'_>) -> Result<String, HmpErro
 
 pub(super) fn parameters(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
     match given.word(0) {
-        Some(name) => one(vm, ParameterInfo::find(name)?),
+        Some(name) => one(vm, parameter(name)?),
         None => Ok(all(vm, |info| !info.is_capability())),
     }
 }

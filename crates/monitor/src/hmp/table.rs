@@ -6,6 +6,7 @@ use dunlin::parameters::ParameterInfo;
 use super::error::HmpError;
 use super::settings::Old;
 use super::{help, migration, settings, show, throttle};
+use crate::not_yet;
 use crate::vm::Vm;
 
 /// A row: a command, or something that `info` shows.
@@ -24,7 +25,7 @@ pub(super) enum Does {
     Info,
     /// Sets a parameter as QEMU did before it had `migrate_set_parameter`, and says once what to use instead.
     Old(&'static Old),
-    /// Says that it is not there yet, and what for.
+    /// Says that it is not there yet, and why: for the reason that QMP's command of this name is not.
     NotYet(&'static str),
 }
 
@@ -144,7 +145,7 @@ pub(super) static COMMANDS: &[Command] = &[
     Command {
         name: "migrate_pause",
         arguments: &[],
-        help: "break the link of a postcopy",
+        help: "pause a postcopy: there is none yet",
         does: Does::Run(migration::pause),
     },
     Command {
@@ -209,16 +210,21 @@ pub(super) static COMMANDS: &[Command] = &[
         does: Does::Run(throttle::cancel),
     },
     Command { name: QUIT, arguments: &[], help: "end the machine's process", does: Does::Run(migration::quit) },
-    not_yet("migrate_start_postcopy", "postcopy"),
-    not_yet("migrate_recover", "postcopy"),
-    not_yet("savevm", "snapshots"),
-    not_yet("loadvm", "snapshots"),
-    not_yet("delvm", "snapshots"),
-    not_yet("set_vcpu_dirty_limit", "limits of dirty rates; set_vcpu_throttle slows a vCPU down"),
-    not_yet("cancel_vcpu_dirty_limit", "limits of dirty rates; cancel_vcpu_throttle lets a vCPU go"),
-    not_yet("x_colo_lost_heartbeat", "standby"),
-    not_yet("announce_self", "announcing of network cards"),
-    not_yet("client_migrate_info", "displays"),
+    not_yet("migrate_start_postcopy", "migrate-start-postcopy"),
+    not_yet("migrate_recover", "migrate-recover"),
+    not_yet("savevm", "snapshot-save"),
+    not_yet("loadvm", "snapshot-load"),
+    not_yet("delvm", "snapshot-delete"),
+    not_yet("set_vcpu_dirty_limit", "set-vcpu-dirty-limit"),
+    not_yet("cancel_vcpu_dirty_limit", "cancel-vcpu-dirty-limit"),
+    not_yet("x_colo_lost_heartbeat", "x-colo-lost-heartbeat"),
+    not_yet("announce_self", "announce-self"),
+    not_yet("client_migrate_info", "client_migrate_info"),
+    not_yet("nbd_server_start", "nbd-server-start"),
+    not_yet("nbd_server_add", "nbd-server-add"),
+    not_yet("nbd_server_remove", "nbd-server-remove"),
+    not_yet("nbd_server_stop", "nbd-server-stop"),
+    not_yet("drive_mirror", "drive-mirror"),
 ];
 
 /// The command that ends the process.
@@ -263,12 +269,13 @@ pub(super) static TOPICS: &[Command] = &[
         help: "how much of each vCPU's time is taken",
         does: Does::Run(throttle::show),
     },
-    not_yet("vcpu_dirty_limit", "limits of dirty rates; `info vcpu_throttle` shows throttles"),
-    not_yet("snapshots", "snapshots"),
+    not_yet("vcpu_dirty_limit", "query-vcpu-dirty-limit"),
+    not_yet("snapshots", "snapshot-save"),
 ];
 
-const fn not_yet(name: &'static str, lacking: &'static str) -> Command {
-    Command { name, arguments: &[], help: "not there yet", does: Does::NotYet(lacking) }
+/// A command of which QMP's of the name `qmp` is not there either.
+const fn not_yet(name: &'static str, qmp: &'static str) -> Command {
+    Command { name, arguments: &[], help: "", does: Does::NotYet(qmp) }
 }
 
 impl Command {
@@ -331,6 +338,22 @@ impl Command {
         }
         Ok(Given { command: self, flags: flags.to_vec(), words: words.to_vec() })
     }
+}
+
+/// The name of a parameter.
+pub(super) fn parameter(name: &str) -> Result<&'static ParameterInfo, HmpError> {
+    let lists = [not_yet::PARAMETERS, not_yet::CAPABILITIES];
+    let lacking = || lists.into_iter().flatten().find(|entry| entry.name == name);
+    ParameterInfo::find(name).map_err(|unknown| match lacking() {
+        Some(entry) => HmpError::NotYet { name: entry.name, why: entry.why },
+        None => unknown.into(),
+    })
+}
+
+/// Why QMP's command of that name is not there.
+pub(super) fn why(qmp: &str) -> &'static str {
+    let entry = not_yet::COMMANDS.iter().find(|entry| entry.name == qmp);
+    entry.map_or("this version does not have it", |entry| entry.why)
 }
 
 /// The command of that name.

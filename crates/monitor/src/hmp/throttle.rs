@@ -7,11 +7,11 @@ use super::table::Given;
 use crate::vm::{Vm, VmError};
 
 pub(super) fn calc_dirty_rate(_: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
-    Err(HmpError::NotYet { name: given.command.name, lacking: "measuring of dirty rates" })
+    Err(HmpError::NotYet { name: given.command.name, why: "dirty rates are not measured on their own yet" })
 }
 
 pub(super) fn dirty_rate(_: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
-    Err(HmpError::NotYet { name: given.command.name, lacking: "measuring of dirty rates" })
+    Err(HmpError::NotYet { name: given.command.name, why: "dirty rates are not measured on their own yet" })
 }
 
 /// `set_vcpu_throttle PERCENT [VCPU]`
