@@ -3,12 +3,13 @@
 use anyhow::Result;
 use dunlin::PARAMETERS;
 use dunlin::parameters::{CONFLICTS, Changes, ParameterInfo};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::Outcome;
 use crate::args::ListParameters;
 use crate::connection;
 use crate::terminal;
+use dunlin_monitor::parameter_info;
 use dunlin_monitor::text::{Align, table};
 
 const HEADER: [&str; 8] = ["NAME", "TYPE", "UNIT", "DEFAULT", "RANGE", "SIDE", "LIVE", "HELP"];
@@ -28,22 +29,7 @@ fn is_live(info: &ParameterInfo) -> bool {
 }
 
 fn list() -> Value {
-    let rows = PARAMETERS.iter().map(|info| {
-        json!({
-            "name": info.name,
-            "type": info.type_name(),
-            "unit": info.unit.name(),
-            "default": info.value(info.default),
-            "range": info.range(),
-            "minimum": info.minimum,
-            "maximum": info.maximum,
-            "side": info.applies.to_string(),
-            "live": is_live(info),
-            "conflicts": info.conflicts().map(|conflict| json!({"parties": conflict.parties, "why": conflict.why})).collect::<Vec<_>>(),
-            "help": info.help,
-        })
-    });
-    rows.collect()
+    PARAMETERS.iter().map(parameter_info).collect()
 }
 
 fn listing() -> String {
