@@ -13,6 +13,7 @@ mod completion;
 mod connection;
 mod demo;
 mod following;
+mod headline;
 mod interrupts;
 mod migrate;
 mod monitor;

@@ -1,8 +1,6 @@
 //! Scales: where a value lies, and which values an axis names. For the screen and the page.
 
-use dunlin::units::format_size;
-
-use crate::print::seconds;
+use dunlin::units::{format_seconds, format_size};
 
 /// An axis from `min` to `max`, with the values it names.
 #[derive(Debug, Clone, PartialEq)]
@@ -134,7 +132,7 @@ pub fn rate(bytes: f64) -> String {
 
 /// A downtime, for people.
 pub fn span(time: f64) -> String {
-    seconds(time.max(0.0))
+    format_seconds(time.max(0.0))
 }
 
 #[cfg(test)]

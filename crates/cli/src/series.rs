@@ -29,7 +29,7 @@ impl Point {
             transferred_bytes: report.ram.transferred_bytes,
             remaining_bytes: report.ram.remaining_bytes,
             dirty_bytes_per_second: report.dirty_bytes_per_second,
-            throttle: 0.0,
+            throttle: report.vcpu_throttle_percent.iter().max().map_or(0.0, |most| f64::from(*most) / 100.0),
             channels: report.channels.iter().map(|channel| channel.transferred_bytes).collect(),
         }
     }
@@ -152,6 +152,13 @@ impl Series {
             rates.push((point.seconds, now.saturating_sub(then) as f64 / (point.seconds - start.seconds)));
         }
         rates
+    }
+
+    /// Bytes a second from the first page until now.
+    pub fn mean_rate(&self, bytes: u64) -> f64 {
+        let setup = self.latest.as_ref().map_or(0.0, |report| sane(report.setup_seconds));
+        let time = self.seconds() - setup;
+        if time > 0.0 { bytes as f64 / time } else { 0.0 }
     }
 
     /// The latest of [`rates`](Self::rates).

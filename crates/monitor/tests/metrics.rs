@@ -43,8 +43,15 @@ fn report() -> Report {
         dirty_bytes_per_second: 2,
         predicted_downtime_seconds: 0.01,
     }];
+    report.vcpu_throttle_percent = vec![30, 0];
     report.channels = (0..2)
-        .map(|index| ChannelReport { index, transferred_bytes: 350 << 20, frames: 17, ..Default::default() })
+        .map(|index| ChannelReport {
+            index,
+            transferred_bytes: 350 << 20,
+            frames: 17,
+            busy_seconds: 0.75,
+            ..Default::default()
+        })
         .collect();
     report
 }
@@ -138,6 +145,8 @@ print(json.dumps(rows))
         assert_eq!(value("dunlin_migration_duration_seconds", "side", "source"), 2.5);
         assert_eq!(value("dunlin_migration_status", "status", &report.status.to_string()), 1.0);
         assert_eq!(value("dunlin_migration_status", "status", "active"), 0.0);
+        assert_eq!(value("dunlin_migration_vcpu_throttle_ratio", "vcpu", "0"), 0.3);
+        assert_eq!(value("dunlin_migration_channel_busy_seconds_total", "channel", "0"), 0.75);
         assert_eq!(value("dunlin_migration_rounds_total", "", ""), 4.0);
     }
 }

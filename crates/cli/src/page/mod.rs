@@ -13,6 +13,7 @@ use maud::{DOCTYPE, Markup, html};
 
 use crate::Outcome;
 use crate::args::MakeReport;
+use crate::headline::headline;
 use crate::recording::{self, Recording};
 use crate::terminal;
 
@@ -38,7 +39,7 @@ pub fn report(args: &MakeReport) -> Result<Outcome> {
 pub fn page(recording: &Recording) -> Markup {
     let series = &recording.series;
     let Some(report) = series.latest() else { return html! {} };
-    let headline = plots::headline(report.status);
+    let heading = plots::heading(report.status);
     html! {
         (DOCTYPE)
         html lang="en" {
@@ -47,12 +48,12 @@ pub fn page(recording: &Recording) -> Markup {
                 meta name="viewport" content="width=device-width, initial-scale=1";
                 meta name="color-scheme" content="light dark";
                 meta name="generator" content={ "dunlin " (env!("CARGO_PKG_VERSION")) };
-                title { (headline) " – " (recording.header.machine) }
+                title { (heading) " – " (recording.header.machine) }
                 style { (plot::ours(STYLE)) }
             }
             body {
                 header {
-                    h1 class=(report.status.to_string()) { (headline) }
+                    h1 class=(report.status.to_string()) { (heading) }
                     p class="summary" { (sentence(report)) }
                     p class="origin" { (origin(recording, report)) }
                 }
@@ -72,8 +73,11 @@ pub fn page(recording: &Recording) -> Markup {
     }
 }
 
+/// The report's sentence, as one.
 fn sentence(report: &Report) -> String {
-    format!("The guest is {}.", report.guest)
+    let text = headline(report);
+    let mut letters = text.chars();
+    letters.next().map_or(String::new(), |first| format!("{}{}.", first.to_uppercase(), letters.as_str()))
 }
 
 fn origin(recording: &Recording, report: &Report) -> String {
@@ -126,3 +130,6 @@ fn notices(recording: &Recording, report: &Report) -> Markup {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

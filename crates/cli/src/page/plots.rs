@@ -170,7 +170,7 @@ fn parts(report: &Report) -> Option<Markup> {
         begin += length;
     }
     let limit = sane(report.downtime_limit_seconds);
-    let how = if limit <= 0.0 {
+    let how = if limit < 1e-6 {
         String::new()
     } else if sum <= limit {
         format!("It is {:.1} % of the limit of {}.", sum / limit * 100.0, span(limit))
@@ -262,7 +262,7 @@ fn throttle(series: &Series) -> Option<Markup> {
 }
 
 /// How a migration stands, for a heading.
-pub fn headline(status: Status) -> &'static str {
+pub fn heading(status: Status) -> &'static str {
     match status {
         Status::None => "No migration",
         Status::Setup => "Migration being set up",

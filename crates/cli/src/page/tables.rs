@@ -142,11 +142,13 @@ pub fn channels(report: &Report) -> Markup {
             channel.frames.to_string(),
         ];
         row.extend(counts(&channel.pages, &kinds));
+        row.extend([span(sane(channel.busy_seconds)), span(sane(channel.waiting_seconds))]);
         row
     };
     let pages: Vec<String> = kinds.iter().map(|kind| format!("{kind} pages")).collect();
     let mut header = vec!["channel", "transferred", "mean rate", "frames"];
     header.extend(pages.iter().map(String::as_str));
+    header.extend(["busy", "waiting"]);
     table("Channels", &header, &report.channels.iter().map(row).collect::<Vec<_>>())
 }
 

@@ -31,7 +31,7 @@ pub fn rates(series: &Series, theme: Theme, frame: &mut Frame<'_>, area: Rect) {
     let (x, y) = (Scale::growing_time(series.seconds()), Scale::bytes(top, "/s"));
     let [title, chart] = Layout::vertical([Constraint::Length(1), Constraint::Fill(1)]).areas(area);
     let (word, transfer) = match series.latest() {
-        Some(report) if report.status.is_final() => ("mean", report.bandwidth_bytes_per_second as f64),
+        Some(report) if report.status.is_final() => ("mean", series.mean_rate(report.ram.transferred_bytes)),
         _ => ("now ", series.rate_now(1.0, |point| Some(point.transferred_bytes))),
     };
     let dirty = series.latest().map_or(0, |report| report.dirty_bytes_per_second);

@@ -1,6 +1,6 @@
 //! Figures of a width that does not change, so that nothing on the screen moves but the digits.
 
-use crate::print::seconds;
+use dunlin::units::format_seconds;
 
 /// How wide [`time`] is.
 pub const TIME: usize = 10;
@@ -37,7 +37,7 @@ fn scaled(bytes: u64) -> (String, &'static str) {
 
 /// A time: `   22.7 ms`.
 pub fn time(time: f64) -> String {
-    let text = seconds(time);
+    let text = format_seconds(time);
     let text = if text.chars().count() > TIME { format!("{:.1} h", time / 3600.0) } else { text };
     format!("{text:>TIME$}")
 }

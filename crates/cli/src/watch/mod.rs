@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use dunlin::Status;
+use dunlin_monitor::text;
 
 use self::poller::{News, Pace, Poller};
 use self::screen::Watched;
@@ -21,7 +22,6 @@ use crate::Outcome;
 use crate::args::Watch;
 use crate::following;
 use crate::interrupts::Interrupts;
-use crate::print;
 use crate::progress::Progress;
 use crate::recording::Recorder;
 use crate::series::Series;
@@ -129,7 +129,7 @@ impl Watching {
                 let mut shown = report.clone();
                 // The error goes to standard error, once.
                 shown.error = None;
-                terminal::out(&print::report(&shown))?;
+                terminal::out(&text::report(&shown))?;
                 if report.status != Status::Completed {
                     return Err(following::failure(report));
                 }

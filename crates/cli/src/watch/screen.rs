@@ -10,6 +10,7 @@ use ratatui::widgets::{Paragraph, Wrap};
 use super::charts;
 use super::figures::{count, elapsed, percent, rate, size, time};
 use super::theme::Theme;
+use crate::headline::headline;
 use crate::series::{Series, sane};
 
 /// What is known.
@@ -30,8 +31,8 @@ pub struct Watched {
 /// The smallest screen that everything is on.
 const CHART_ROWS: u16 = 6;
 const LABEL: usize = 10;
-/// Narrower screens have one chart.
-const TWO_CHARTS: u16 = 72;
+/// Narrower screens have one chart, and shorter lines.
+const WIDE: u16 = 76;
 
 /// Draws everything that there is room for.
 pub fn draw(watched: &Watched, frame: &mut Frame<'_>) {
@@ -83,7 +84,9 @@ impl Rows {
         let left = height.saturating_sub(1 + summary + 4 + pages + notice + 1);
         let channels = match left {
             0..3 => 0,
-            3..12 => left.min(4),
+            3..6 => left.min(4),
+            6 | 7 => 0,
+            8..12 => left - CHART_ROWS,
             more => 4 + (more - 12) / 3,
         };
         let charts = left - channels;
@@ -94,7 +97,7 @@ impl Rows {
 fn sentence(watched: &Watched) -> String {
     match watched.series.latest() {
         None => "No migration yet: waiting for one to begin.".to_owned(),
-        Some(report) => format!("{}; the guest is {}", report.status, report.guest),
+        Some(report) => headline(report),
     }
 }
 
@@ -104,9 +107,13 @@ fn draw_title(watched: &Watched, frame: &mut Frame<'_>, area: Rect) {
         None => ("", Status::None, 0.0),
         Some(report) => (side_name(report.side), report.status, sane(report.total_seconds)),
     };
-    let right = format!("{side:<11}  {:<14}{} ", status.to_string(), elapsed(so_far));
+    let right = format!("{:<14}{} ", status.to_string(), elapsed(so_far));
+    let (name, right) = match area.width {
+        WIDE.. => (" dunlin watch  ", format!("{side:<13}{right}")),
+        _ => (" ", right),
+    };
     let room = usize::from(area.width).saturating_sub(right.chars().count());
-    let left: String = format!(" dunlin watch  {}", watched.machine).chars().take(room).collect();
+    let left: String = format!("{name}{}", watched.machine).chars().take(room).collect();
     frame.render_widget(Line::styled(format!("{left:<room$}{right}"), style), area);
 }
 
@@ -125,10 +132,7 @@ fn labelled(label: &str, text: impl Into<String>, theme: Theme) -> Line<'static>
 fn draw_body(watched: &Watched, report: &Report, frame: &mut Frame<'_>, area: Rect) {
     let theme = watched.theme;
     let [guest, ram, round, downtime] = Layout::vertical([Constraint::Length(1); 4]).areas(area);
-    frame.render_widget(
-        labelled("Guest", format!("{:<28} this machine: {}", report.guest.to_string(), watched.state), theme),
-        guest,
-    );
+    frame.render_widget(guest_row(watched, report), guest);
     let total = report.ram.total_bytes;
     frame.render_widget(progress("RAM", report.ram.remaining_bytes, total, theme, area.width), ram);
     let (number, covered) = match watched.series.rounds().last() {
@@ -138,13 +142,25 @@ fn draw_body(watched: &Watched, report: &Report, frame: &mut Frame<'_>, area: Re
     };
     let label = format!("Round{number:>4}");
     frame.render_widget(progress(&label, report.ram.remaining_bytes, covered, theme, area.width), round);
-    frame.render_widget(downtimes(report, theme), downtime);
+    frame.render_widget(downtimes(report, theme, area.width), downtime);
+}
+
+/// Where the guest is, and what is taken of its time.
+fn guest_row(watched: &Watched, report: &Report) -> Line<'static> {
+    let theme = watched.theme;
+    let text = format!("{:<27} this machine: {:<15}", report.guest.to_string(), watched.state);
+    let mut row = labelled("Guest", text, theme);
+    if let Some(most) = report.vcpu_throttle_percent.iter().max().filter(|most| **most > 0) {
+        row.push_span(Span::styled(format!("throttle {most:>2} %"), theme.alarm()));
+    }
+    row
 }
 
 /// How much of `total` is done: a bar and figures.
 fn progress(label: &str, left: u64, total: u64, theme: Theme, width: u16) -> Line<'static> {
-    let done = if total == 0 { 1.0 } else { 1.0 - left as f64 / total as f64 };
-    let figures = format!("{}  {} to go of {}", percent(done), size(left), size(total));
+    let done = if total == 0 { 0.0 } else { 1.0 - left as f64 / total as f64 };
+    let of = if width < WIDE { String::new() } else { format!(" of {}", size(total)) };
+    let figures = format!("{}  {} to go{of}", percent(done), size(left));
     let room = usize::from(width).saturating_sub(LABEL + 1 + figures.chars().count());
     let full = ((done.clamp(0.0, 1.0) * room as f64).floor() as usize).min(room);
     Line::from(vec![
@@ -155,11 +171,19 @@ fn progress(label: &str, left: u64, total: u64, theme: Theme, width: u16) -> Lin
     ])
 }
 
-fn downtimes(report: &Report, theme: Theme) -> Line<'static> {
+fn downtimes(report: &Report, theme: Theme, width: u16) -> Line<'static> {
     let limit = sane(report.downtime_limit_seconds);
     let predicted = report.predicted_downtime_seconds;
     let actual = Some(sane(report.downtime_seconds)).filter(|actual| *actual > 0.0);
     let or_none = |value: Option<f64>| value.map_or(format!("{:>10}", "-"), time);
+    let actual_text = match (width, actual) {
+        (..WIDE, None) => String::new(),
+        _ => format!("   actual {}", or_none(actual)),
+    };
+    let predicted_text = match (width, actual) {
+        (..WIDE, Some(_)) => String::new(),
+        _ => format!("   predicted {}", or_none(predicted)),
+    };
     let judged = actual.or(predicted);
     let (word, style) = match judged {
         None => ("", theme.strong()),
@@ -168,14 +192,14 @@ fn downtimes(report: &Report, theme: Theme) -> Line<'static> {
     };
     Line::from(vec![
         Span::styled(format!("{:<LABEL$}", "Downtime"), theme.faint()),
-        Span::raw(format!("predicted {}   actual {}   limit {}", or_none(predicted), or_none(actual), time(limit))),
+        Span::raw(format!("limit {}{predicted_text}{actual_text}", time(limit))),
         Span::styled(word, style),
     ])
 }
 
 fn draw_charts(watched: &Watched, frame: &mut Frame<'_>, area: Rect) {
     let (series, theme) = (&watched.series, watched.theme);
-    if area.width < TWO_CHARTS {
+    if area.width < WIDE {
         charts::rates(series, theme, frame, area);
         return;
     }
@@ -189,7 +213,10 @@ fn draw_charts(watched: &Watched, frame: &mut Frame<'_>, area: Rect) {
 fn draw_channels(watched: &Watched, report: &Report, frame: &mut Frame<'_>, area: Rect) {
     let theme = watched.theme;
     let mut lines = vec![Line::styled(
-        format!("{:<LABEL$}{:>10}  {:>12}  {:>10}  {:>10}", "Channel", "bytes", "a second", "frames", "pages"),
+        format!(
+            "{:<LABEL$}{:>10}  {:>12}  {:>10}  {:>10}  {:>9}  {:>9}",
+            "Channel", "bytes", "a second", "busy", "waiting", "frames", "pages"
+        ),
         theme.faint(),
     )];
     let room = usize::from(area.height).saturating_sub(1);
@@ -212,21 +239,26 @@ fn channel_row(
     places: std::ops::Range<usize>,
 ) -> Line<'static> {
     let sum = |value: fn(&ChannelReport) -> u64| channels.iter().map(value).fold(0, u64::saturating_add);
-    let window = if watched.series.latest().is_some_and(|report| report.status.is_final()) { f64::MAX } else { 1.0 };
-    let now = watched.series.rate_now(window, |point| {
-        Some(
-            point
-                .channels
-                .get(places.clone())
-                .unwrap_or_default()
-                .iter()
-                .fold(0, |sum, bytes| bytes.saturating_add(sum)),
-        )
-    });
+    let time = |value: fn(&ChannelReport) -> f64| channels.iter().map(value).map(sane).sum::<f64>();
+    let (busy, waiting) = (time(|channel| channel.busy_seconds), time(|channel| channel.waiting_seconds));
     let (bytes, frames, pages) =
         (sum(|channel| channel.transferred_bytes), sum(|channel| channel.frames), sum(|channel| channel.pages.total()));
+    let a_second = if watched.series.latest().is_some_and(|report| report.status.is_final()) {
+        watched.series.mean_rate(bytes)
+    } else {
+        watched.series.rate_now(1.0, |point| {
+            let channels = point.channels.get(places.clone()).unwrap_or_default();
+            Some(channels.iter().fold(0, |sum, bytes| bytes.saturating_add(sum)))
+        })
+    };
     let name = format!("{name:>7}");
-    Line::raw(format!("{name:<LABEL$}{}  {}  {frames:>10}  {pages:>10}", size(bytes), rate(now)))
+    Line::raw(format!(
+        "{name:<LABEL$}{}  {}  {}  {}  {frames:>9}  {pages:>9}",
+        size(bytes),
+        rate(a_second),
+        elapsed(busy),
+        elapsed(waiting)
+    ))
 }
 
 /// What is wrong, if something is: the worst of it.
@@ -254,6 +286,7 @@ fn draw_keys(watched: &Watched, frame: &mut Frame<'_>, area: Rect) {
     let text = match (&watched.lost, ended) {
         (Some(_), _) => "q leaves; this is the last that was seen",
         (None, true) => "q leaves; the migration has ended",
+        (None, false) if watched.series.latest().is_none() => "q leaves",
         (None, false) => "q leaves; the migration goes on",
     };
     frame.render_widget(Line::styled(text, watched.theme.faint()), area);

@@ -194,6 +194,24 @@ impl Figures<'_> {
         each(text, "dunlin_migration_channel_frames_total", "Frames sent or received on a data channel.", |channel| {
             channel.frames
         });
+        let seconds = |text: &mut Text, name: &str, help: &str, value: fn(&ChannelReport) -> f64| {
+            let mut family = text.family(name, Type::Counter, help);
+            for channel in &report.channels {
+                family.sample(&[side, ("channel", &channel.index.to_string())], value(channel));
+            }
+        };
+        seconds(
+            text,
+            "dunlin_migration_channel_busy_seconds_total",
+            "What a data channel's thread has used of a processor's time.",
+            |channel| channel.busy_seconds,
+        );
+        seconds(
+            text,
+            "dunlin_migration_channel_waiting_seconds_total",
+            "How long a data channel's thread stood still while a round was under way.",
+            |channel| channel.waiting_seconds,
+        );
         let mut pages = text.family(
             "dunlin_migration_channel_pages_total",
             Type::Counter,
@@ -208,6 +226,14 @@ impl Figures<'_> {
 
     fn others(&self, text: &mut Text) {
         let Self { report, side } = *self;
+        let mut throttle = text.family(
+            "dunlin_migration_vcpu_throttle_ratio",
+            Type::Gauge,
+            "The part of each vCPU's time that auto-converge takes: 0 to 1; none while it takes none.",
+        );
+        for (vcpu, percent) in report.vcpu_throttle_percent.iter().enumerate() {
+            throttle.sample(&[side, ("vcpu", &vcpu.to_string())], f64::from(*percent) / 100.0);
+        }
         let mut cpu = text.family(
             "dunlin_migration_cpu_seconds_total",
             Type::Counter,

@@ -65,6 +65,8 @@ fn channels(report: &mut Report, count: u8) {
             channel.transferred_bytes = report.ram.transferred_bytes / u64::from(count) + u64::from(index);
             channel.frames = channel.transferred_bytes / (2 * MIB);
             channel.pages.plain = channel.transferred_bytes / 4096;
+            channel.busy_seconds = report.total_seconds / 4.0;
+            channel.waiting_seconds = report.total_seconds / 2.0;
             channel
         })
         .collect();
@@ -130,8 +132,8 @@ fn lines(buffer: &Buffer) -> Vec<String> {
 
 #[test]
 fn pictures() {
-    let mut many = report(5.0, 20);
-    channels(&mut many, 16);
+    let mut many = until(5, 20);
+    many.iter_mut().for_each(|report| channels(report, 16));
     let mut waiting = Report::new(Side::Destination, GuestPlace::AtSource);
     waiting.status = Status::Setup;
     waiting.refused_connections.count = 2;
@@ -142,6 +144,7 @@ fn pictures() {
     let cancelled = |report: &mut Report| report.status = Status::Cancelled;
     let not_converging = |report: &mut Report| {
         report.not_converging = Some("the guest dirties 120.00 MiB/s, and 100.00 MiB/s get through".to_owned());
+        report.vcpu_throttle_percent = vec![45, 0];
     };
     let mut lost = watched(until(3, 20));
     lost.lost = Some("the machine at unix:/tmp/a.sock closed the connection".to_owned());
@@ -150,15 +153,15 @@ fn pictures() {
         ("waiting-destination", 80, 24, watched([waiting])),
         ("round-1", 80, 24, watched(until(4, 20))),
         ("later", 80, 24, watched(until(12, 20))),
-        ("not-converging", 80, 24, ending(until(80, 120), not_converging)),
+        ("throttled", 80, 24, ending(until(80, 120), not_converging)),
         ("completed", 80, 24, ending(until(13, 20), completed)),
         ("failed", 80, 24, ending(until(6, 20), failed)),
         ("cancelled", 80, 24, ending(until(60, 120), cancelled)),
         ("destination", 80, 24, watched([arriving])),
         ("lost", 80, 24, lost),
         ("narrow", 60, 20, watched(until(12, 20))),
-        ("wide", 132, 43, watched([many.clone()])),
-        ("many-channels", 80, 24, watched([many])),
+        ("wide", 132, 43, watched(many.clone())),
+        ("many-channels", 80, 24, watched(many)),
         ("tiny", 40, 8, ending(until(6, 20), failed)),
     ] {
         let text = lines(&buffer(&watched, width, height)).join("\n") + "\n";
