@@ -17,7 +17,7 @@ use dunlin_monitor::text;
 pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
     let mut client = connection::connect(&args.qmp)?;
     connection::set(&mut client, &args.set)?;
-    let machine = format!("unix:{}", args.qmp.display());
+    let machine = args.qmp.to_string();
     let mut recorder = args.record.as_ref().map(|path| Recorder::create(path, &machine)).transpose()?;
     if let Err(error) = client.execute("migrate", json!({"uri": args.uri.to_string()})) {
         if let Some(recorder) = recorder {

@@ -31,7 +31,7 @@ use crate::terminal;
 const INTERVAL: Duration = Duration::from_millis(100);
 
 pub fn watch(args: &Watch, interrupts: &Interrupts) -> Result<Outcome> {
-    let machine = format!("unix:{}", args.qmp.display());
+    let machine = args.qmp.to_string();
     let recorder = args.record.as_ref().map(|path| Recorder::create(path, &machine)).transpose()?;
     let pace = if recorder.is_some() { Pace::Recording } else { Pace::Screen };
     let poller = match Poller::start(&args.qmp, pace) {
@@ -74,7 +74,7 @@ impl Watching {
             Some(News::Lost(why)) => self.watched.lost = Some(why),
             Some(News::Seen { state, migration }) => {
                 self.watched.state = state;
-                if let Some((json, report)) = migration {
+                if let Some((json, report)) = migration.map(|migration| *migration) {
                     let recorded = self.recorder.as_mut().map(|recorder| recorder.record(&json, &report));
                     if let Some(Err(error)) = recorded {
                         self.watched.trouble = Some(terminal::one_line(&error));

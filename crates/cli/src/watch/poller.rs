@@ -1,6 +1,5 @@
 //! Asks the machine, on a thread of its own: the screen answers to keys also when the machine does not.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use dunlin::Report;
-use dunlin_monitor::Client;
+use dunlin_monitor::{Address, Client};
 use serde_json::{Value, json};
 
 use crate::connection;
@@ -25,7 +24,7 @@ const SCREEN: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub enum News {
     /// Its state, and the report of its latest migration.
-    Seen { state: String, migration: Option<(Value, Report)> },
+    Seen { state: String, migration: Option<Box<(Value, Report)>> },
     /// It does not answer any more.
     Lost(String),
 }
@@ -42,7 +41,7 @@ pub enum Pace {
 impl Pace {
     fn interval(self, news: &News) -> Duration {
         match (self, news) {
-            (Self::Recording, News::Seen { migration: Some((_, report)), .. }) => recording::interval(Some(report)),
+            (Self::Recording, News::Seen { migration: Some(migration), .. }) => recording::interval(Some(&migration.1)),
             _ => SCREEN,
         }
     }
@@ -57,13 +56,13 @@ pub struct Poller {
 }
 
 impl Poller {
-    /// Connects to the machine at `path`, and asks it again and again.
-    pub fn start(path: &Path, pace: Pace) -> Result<Self> {
-        let client = connection::connect(path)?;
+    /// Connects to the machine at `address`, and asks it again and again.
+    pub fn start(address: &Address, pace: Pace) -> Result<Self> {
+        let client = connection::connect(address)?;
         // A screen that is slow gets old news, and few of them.
         let (sender, news) = mpsc::sync_channel(4);
         let over = Arc::new(AtomicBool::new(false));
-        let asking = Asking { client, path: path.to_owned(), over: Arc::clone(&over), sender };
+        let asking = Asking { client, address: address.clone(), over: Arc::clone(&over), sender };
         let thread = thread::Builder::new().name("poller".to_owned()).spawn(move || asking.run(pace))?;
         Ok(Self { news, over, thread: Some(thread) })
     }
@@ -91,7 +90,7 @@ impl Drop for Poller {
 
 struct Asking {
     client: Client,
-    path: PathBuf,
+    address: Address,
     over: Arc<AtomicBool>,
     sender: SyncSender<News>,
 }
@@ -102,9 +101,12 @@ impl Asking {
             let begun = Instant::now();
             let news = match look(&mut self.client) {
                 Ok(news) => news,
-                Err(error) => match Client::connect(&self.path) {
+                Err(error) => match Client::connect(&self.address) {
                     Ok(client) => {
                         self.client = client;
+                        if self.is_over_within(SCREEN) {
+                            return;
+                        }
                         continue;
                     }
                     Err(_) => {
@@ -137,5 +139,5 @@ impl Asking {
 fn look(client: &mut Client) -> Result<News> {
     let state = client.execute("query-status", json!({}))?;
     let state = state.get("status").and_then(Value::as_str).unwrap_or("unknown").to_owned();
-    Ok(News::Seen { state, migration: connection::report(client)? })
+    Ok(News::Seen { state, migration: connection::report(client)?.map(Box::new) })
 }

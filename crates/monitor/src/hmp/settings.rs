@@ -77,7 +77,8 @@ pub(super) fn set_capabilities(vm: &Vm, given: &Given<'_>) -> Result<String, Hmp
             return Err(HmpError::NotACapability { name: info.name });
         }
         // The next word is the next capability, unless it is none.
-        let value = words.next_if(|word| matches!(parameter(word), Err(HmpError::Parameter(_)))).copied().unwrap_or("on");
+        let value =
+            words.next_if(|word| matches!(parameter(word), Err(HmpError::Parameter(_)))).copied().unwrap_or("on");
         settings.push((info, info.parse(value)?));
     }
     apply(vm, &settings)
