@@ -1,7 +1,7 @@
 //! `dunlin migrate`: moves a running machine and shows how it goes.
 
 use anyhow::{Result, anyhow, bail};
-use dunlin::Status;
+use dunlin::{Report, Side, Status};
 use serde_json::json;
 
 use crate::Outcome;
@@ -14,8 +14,21 @@ use crate::recording::Recorder;
 use crate::terminal;
 use dunlin_monitor::text;
 
+/// Whether it is a migration out that has not ended, or one in that has begun.
+fn is_running(report: &Report) -> bool {
+    let waits = report.side == Side::Destination && report.status == Status::Setup;
+    !report.status.is_final() && !waits
+}
+
 pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
     let mut client = connection::connect(&args.qmp)?;
+    // What is set for this migration must not change another's.
+    if connection::report(&mut client)?.is_some_and(|(_, report)| is_running(&report)) {
+        bail!(
+            "could not start a migration to {}: one is running already; dunlin status shows it, dunlin cancel ends it",
+            args.uri
+        );
+    }
     connection::set(&mut client, &args.set)?;
     let machine = args.qmp.to_string();
     let mut recorder = args.record.as_ref().map(|path| Recorder::create(path, &machine)).transpose()?;

@@ -110,7 +110,7 @@ pub enum ParameterError {
         /// The parameter.
         name: &'static str,
         /// The value given.
-        value: i64,
+        value: String,
         /// The smallest allowed.
         minimum: i64,
         /// The largest allowed.
@@ -421,6 +421,22 @@ impl ParameterInfo {
         }
     }
 
+    /// The refusal of `value`, which is out of range.
+    pub fn out_of_range(&self, value: impl ToString) -> ParameterError {
+        ParameterError::Range {
+            name: self.name,
+            value: value.to_string(),
+            minimum: self.minimum,
+            maximum: self.maximum,
+            unit: self.unit.name(),
+        }
+    }
+
+    fn check(&self, number: i64) -> Result<(), ParameterError> {
+        let fits = (self.minimum..=self.maximum).contains(&number);
+        if fits { Ok(()) } else { Err(self.out_of_range(number)) }
+    }
+
     /// The rules that this parameter is a party of.
     pub fn conflicts(&self) -> impl Iterator<Item = &'static Conflict> + use<'_> {
         CONFLICTS.iter().filter(|conflict| conflict.parties.contains(&self.name))
@@ -455,11 +471,20 @@ impl ParameterInfo {
     pub fn parse(&'static self, text: &str) -> Result<i64, ParameterError> {
         let wanted = |expected| QuantityError { text: text.to_owned(), expected };
         let parsed = match self.unit {
-            Unit::BytesPerSecond => units::parse_rate(text).map(|rate| rate.number()),
-            Unit::Bytes => units::parse_size(text).map(|bytes| bytes.number()),
-            Unit::Milliseconds => {
-                units::parse_duration(text, Duration::from_millis(1)).map(|duration| duration.number())
-            }
+            Unit::BytesPerSecond => match units::parse_rate(text) {
+                Ok(rate) => return i64::try_from(rate).map_err(|_| self.out_of_range(rate)),
+                Err(error) => Err(error),
+            },
+            Unit::Bytes => match units::parse_size(text) {
+                Ok(bytes) => return i64::try_from(bytes).map_err(|_| self.out_of_range(bytes)),
+                Err(error) => Err(error),
+            },
+            Unit::Milliseconds => match units::parse_duration(text, Duration::from_millis(1)) {
+                Ok(duration) if duration.number() == 0 && !duration.is_zero() => {
+                    Err(wanted("a millisecond or more, or 0"))
+                }
+                duration => duration.map(|duration| duration.number()),
+            },
             Unit::Count => text.trim().parse().map_err(|_| wanted("a whole number")),
             Unit::Percent => {
                 let number = text.trim().strip_suffix('%').unwrap_or(text).trim();
@@ -496,15 +521,7 @@ impl Parameters {
     /// Unknown, or out of range.
     pub fn set(&mut self, name: &str, number: i64) -> Result<(), ParameterError> {
         let info = ParameterInfo::find(name)?;
-        if number < info.minimum || number > info.maximum {
-            return Err(ParameterError::Range {
-                name: info.name,
-                value: number,
-                minimum: info.minimum,
-                maximum: info.maximum,
-                unit: info.unit.name(),
-            });
-        }
+        info.check(number)?;
         (info.set)(self, number);
         Ok(())
     }
@@ -532,11 +549,14 @@ impl Parameters {
         Ok(())
     }
 
-    /// Checks that all values go together.
+    /// Checks that each value is in its range, and that all go together.
     ///
     /// # Errors
-    /// [`ParameterError::Conflict`].
+    /// [`ParameterError::Range`] or [`ParameterError::Conflict`].
     pub fn check(&self) -> Result<(), ParameterError> {
+        for info in PARAMETERS {
+            info.check(self.get(info))?;
+        }
         let Some(conflict) = CONFLICTS.iter().find(|conflict| (conflict.clash)(self)) else { return Ok(()) };
         let [first, second] = conflict.parties.map(ParameterInfo::find);
         let (first, second) = (first?, second?);
@@ -560,13 +580,14 @@ impl Parameters {
     /// Takes over what `wanted` changes, if all of it may change while a migration runs.
     ///
     /// # Errors
-    /// [`ParameterError::NotLive`]; nothing is changed then.
+    /// [`ParameterError::NotLive`], or what [`check`](Self::check) finds; nothing is changed then.
     pub fn change_live(&mut self, wanted: &Self) -> Result<(), ParameterError> {
         for info in PARAMETERS {
             if info.changes == Changes::AtStart && self.get(info) != wanted.get(info) {
                 return Err(ParameterError::NotLive { name: info.name });
             }
         }
+        wanted.check()?;
         self.clone_from(wanted);
         Ok(())
     }
@@ -599,6 +620,15 @@ mod tests {
         assert_eq!(Parameters::default().check(), Ok(()));
     }
 
+    #[test]
+    fn what_was_put_into_the_struct_is_checked_too() {
+        let none = Parameters { multifd_channels: 0, ..Default::default() };
+        assert!(matches!(none.check(), Err(ParameterError::Range { name: "multifd-channels", .. })));
+        assert!(
+            Parameters::default().change_live(&Parameters { max_cpu_throttle: 100, ..Default::default() }).is_err()
+        );
+    }
+
     /// On the values as they would be, whatever the order, and all or nothing.
     #[test]
     fn conflicts_are_checked_as_a_whole() {
@@ -622,6 +652,9 @@ mod tests {
             ("multifd-channels", "two", "not a whole number"),
             ("downtime-limit", "2000001", "0 to 2000000 ms"),
             ("max-bandwidth", "10parsecs", "not a rate"),
+            ("max-bandwidth", "0.5", "not a rate"),
+            ("max-bandwidth", "18446744073709551615", "18446744073709551615 is out of range"),
+            ("downtime-limit", "0.9ms", "not a millisecond or more"),
             ("multifd-compression", "gzip", "not one of none, lz4, zstd"),
             ("xbzrle", "maybe", "on or off"),
             ("multifd-zstd-level", "23", "-131072 to 22"),

@@ -152,6 +152,13 @@ impl Report {
         }
     }
 
+    /// After the end the bandwidth is that over all rounds that are listed.
+    pub(crate) fn settle_bandwidth(&mut self) {
+        let seconds: f64 = self.rounds.iter().map(|round| round.seconds).sum();
+        let moved = self.rounds.iter().fold(0u64, |sum, round| sum.saturating_add(round.transferred_bytes));
+        self.bandwidth_bytes_per_second = (moved as f64 / seconds.max(1e-9)) as u64;
+    }
+
     /// Puts into words what is happening.
     pub(crate) fn summarize(&mut self) {
         self.summary = summary::sentence(self);

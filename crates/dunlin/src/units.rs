@@ -53,7 +53,11 @@ pub fn parse_size(text: &str) -> Result<u64, QuantityError> {
         let bytes = number.checked_mul(scale as u64);
         return bytes.ok_or_else(|| QuantityError { text: text.to_owned(), expected: SIZE });
     }
-    scaled(text, SIZE, size_scale).map(|bytes| bytes as u64)
+    match scaled(text, SIZE, size_scale)? {
+        // Nothing, which often stands for no limit, is not meant by very little.
+        bytes if bytes > 0.0 && bytes < 1.0 => Err(QuantityError { text: text.to_owned(), expected: SIZE }),
+        bytes => Ok(bytes as u64),
+    }
 }
 
 /// Reads a rate in bytes a second; `/s` may be left out.
@@ -139,7 +143,7 @@ mod tests {
         ] {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
-        for text in ["", "G", "1X", "-1", "1e3", "99999999T", "1.2.3", "2Gi", "nan"] {
+        for text in ["", "G", "1X", "-1", "1e3", "99999999T", "1.2.3", "2Gi", "nan", "0.5", "0.0001K"] {
             assert!(parse_size(text).is_err(), "{text}");
         }
     }

@@ -161,6 +161,7 @@ impl Destination {
             guest: guest.place(Side::Destination),
             cause,
         };
+        parameters.check().map_err(|e| failed(e.into()))?;
         guest.begin_incoming().map_err(|e| failed(e.into()))?;
         Self::start(guest, uri, parameters).map_err(|cause| {
             guest.end_migration();

@@ -478,6 +478,8 @@ impl<'a> Session<'a> {
                 let mut report = lock(&self.shared.report);
                 report.total_seconds = lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
                 report.error = None;
+                report.settle_bandwidth();
+                report.not_converging = None;
                 self.shared.change_status(&mut report, Status::Completed);
                 self.shared.changed.notify_all();
             }

@@ -180,9 +180,7 @@ impl Shared {
         let mut report = lock(&self.report);
         report.total_seconds = snapshot.total_seconds;
         if status == Status::Completed {
-            let rounds_time: f64 = report.rounds.iter().map(|round| round.seconds).sum();
-            let moved: u64 = report.rounds.iter().map(|round| round.transferred_bytes).sum();
-            report.bandwidth_bytes_per_second = (moved as f64 / rounds_time.max(1e-9)) as u64;
+            report.settle_bandwidth();
             report.ram.remaining_bytes = 0;
             report.not_converging = None;
         }
@@ -257,6 +255,7 @@ impl Source {
     ) -> Result<Self, MigrationError> {
         let failed =
             |cause| MigrationError { side: Side::Source, phase: Phase::Setup, guest: guest.place(Side::Source), cause };
+        parameters.check().map_err(|e| failed(e.into()))?;
         guest.begin_outgoing().map_err(|e| failed(e.into()))?;
         let (sender, incoming) = mpsc::channel();
         let mut report = Report::new(Side::Source, guest.place(Side::Source));

@@ -1,7 +1,7 @@
 //! Commands on the engine's table of parameters. Its booleans are QEMU's capabilities.
 
 use dunlin::PARAMETERS;
-use dunlin::parameters::{ParameterError, ParameterInfo};
+use dunlin::parameters::ParameterInfo;
 use serde_json::{Map, Value, json};
 
 use super::{Arguments, Call, Command, NOTHING, Oob, done};
@@ -84,18 +84,7 @@ fn number(info: &'static ParameterInfo, value: &Value) -> Result<i64, Refusal> {
         Value::Bool(on) => Ok(i64::from(*on)),
         Value::String(text) => info.parse(text),
         // The table's numbers end below JSON's.
-        other => other.as_i64().map_or_else(
-            || {
-                Err(ParameterError::Range {
-                    name: info.name,
-                    value: i64::MAX,
-                    minimum: info.minimum,
-                    maximum: info.maximum,
-                    unit: info.unit.name(),
-                })
-            },
-            Ok,
-        ),
+        other => other.as_i64().ok_or_else(|| info.out_of_range(other)),
     };
     number.map_err(Refusal::generic)
 }
