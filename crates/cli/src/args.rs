@@ -73,9 +73,43 @@ pub enum Bench {
     /// A fast guest (128 MiB rewritten at 300 MB/s over 100 MB/s, 1 % of the bytes new each time), a slow link (512 MiB of
     /// text over 50 MB/s) and a fast link (2 GiB of random bytes), with and without what may help.
     Convergence(BenchConvergence),
+    /// Guests that dirty their memory at 0.5 to 8 times what the link carries, on both machines, without auto-converge, with
+    /// fixed steps as QEMU has them, and with auto-converge; and one of which one vCPU alone does.
+    Autoconverge(BenchAutoconverge),
     /// The receiving process of a measurement.
     #[command(hide = true)]
     Peer(BenchPeer),
+    /// The receiving process of a measurement, with a machine that runs.
+    #[command(hide = true)]
+    Receiver(BenchReceiver),
+}
+
+#[derive(Debug, Args)]
+pub struct BenchAutoconverge {
+    /// Measure one machine alone [default: both].
+    #[arg(long, value_enum)]
+    pub machine: Option<MachineKind>,
+    /// How often everything is measured, by turns.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
+    /// A migration that takes longer counts as one that does not converge, and is cancelled.
+    #[arg(long, value_name = "SECONDS", default_value_t = 12)]
+    pub patience: u64,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchReceiver {
+    #[arg(long, value_enum)]
+    pub machine: MachineKind,
+    #[arg(long, value_parser = size)]
+    pub memory: u64,
+    #[arg(long)]
+    pub vcpus: u32,
+    #[arg(long)]
+    pub exit_with_parent: u32,
 }
 
 #[derive(Debug, Args)]

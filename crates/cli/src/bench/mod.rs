@@ -1,5 +1,6 @@
 //! `dunlin bench`: what parts of the engine take, each beside its physical limit measured in the same run.
 
+mod autoconverge;
 mod bitmap;
 mod convergence;
 mod copy;
@@ -8,6 +9,7 @@ mod downtime;
 mod kinds;
 mod machine;
 mod peer;
+mod subject;
 mod throughput;
 
 use anyhow::Result;
@@ -21,12 +23,14 @@ use dunlin_monitor::text::{Align, table};
 
 pub fn bench(what: &Bench) -> Result<Outcome> {
     let (measured, json) = match what {
+        Bench::Autoconverge(args) => (autoconverge::measure(args)?, args.json),
         Bench::Bitmap(args) => (bitmap::measure(args)?, args.json),
         Bench::Convergence(args) => (convergence::measure(args)?, args.json),
         Bench::Downtime(args) => (downtime::measure(args)?, args.json),
         Bench::Kinds(args) => (kinds::measure(args)?, args.json),
         Bench::Throughput(args) => (throughput::measure(args)?, args.json),
         Bench::Peer(args) => return peer::peer(args),
+        Bench::Receiver(args) => return subject::receiver(args),
     };
     terminal::out(&if json { connection::pretty(&measured.json()) } else { measured.text() })?;
     Ok(Outcome::Success)
