@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use dunlin::Report;
+use dunlin::{Report, Status};
 use maud::{DOCTYPE, Markup, html};
 
 use crate::Outcome;
@@ -92,8 +92,8 @@ fn origin(recording: &Recording, report: &Report) -> String {
 fn notices(recording: &Recording, report: &Report) -> Markup {
     html! {
         @if let Some(error) = &report.error {
-            section class="notice error" {
-                h2 { "Error" }
+            section class={ "notice " (report.status) } {
+                h2 { @if report.status == Status::Cancelled { "Cancelled" } @else { "Error" } }
                 p { (error.message) }
                 p { "Said by the " (error.side) "; the guest is " (error.guest) "." }
             }

@@ -30,7 +30,7 @@ pub fn plots(series: &Series, report: &Report) -> Markup {
 
 /// Rates are those of this much time.
 fn window(series: &Series) -> f64 {
-    (series.seconds() / 100.0).max(0.05)
+    (series.seconds() / 60.0).max(0.1)
 }
 
 fn thinned(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
@@ -141,7 +141,8 @@ fn downtime(series: &Series, report: &Report) -> Option<Markup> {
     Some(plot.finish())
 }
 
-fn named(parts: &DowntimeParts) -> Vec<(&'static str, f64)> {
+/// The parts that there are, each with the style that it always has.
+fn named(parts: &DowntimeParts) -> Vec<(usize, &'static str, f64)> {
     let all = [
         ("pause", parts.pause_seconds),
         ("waiting to be continued", parts.wait_seconds),
@@ -150,23 +151,23 @@ fn named(parts: &DowntimeParts) -> Vec<(&'static str, f64)> {
         ("load", parts.load_seconds),
         ("handover", parts.handover_seconds),
     ];
-    let there = |(name, time): &(&str, f64)| *name != "waiting to be continued" || *time >= 1e-4;
-    all.into_iter().map(|(name, time)| (name, sane(time))).filter(there).collect()
+    let there = |(_, name, time): &(usize, &str, f64)| *name != "waiting to be continued" || *time >= 1e-4;
+    all.into_iter().enumerate().map(|(style, (name, time))| (style, name, sane(time))).filter(there).collect()
 }
 
 /// The downtime as a bar of its parts.
 fn parts(report: &Report) -> Option<Markup> {
     let parts = named(report.downtime_parts.as_ref()?);
-    let sum: f64 = parts.iter().map(|(_, time)| time).sum();
+    let sum: f64 = parts.iter().map(|(_, _, time)| time).sum();
     if sum <= 0.0 {
         return None;
     }
     let (width, height) = (760.0, 44.0);
     let mut begin = 0.0;
     let mut pieces = Vec::new();
-    for (n, (name, time)) in parts.iter().enumerate() {
+    for (n, (style, name, time)) in parts.iter().enumerate() {
         let length = time / sum * width;
-        pieces.push((n, *name, *time, begin, length));
+        pieces.push((n, *style, *name, *time, begin, length));
         begin += length;
     }
     let limit = sane(report.downtime_limit_seconds);
@@ -185,21 +186,21 @@ fn parts(report: &Report) -> Option<Markup> {
             svg viewBox={ "0 0 " (width) " " (height) } role="img" aria-labelledby="parts-title parts-text" {
                 title id="parts-title" { "What the downtime is made of" }
                 desc id="parts-text" { (text) }
-                @for (n, name, time, begin, length) in &pieces {
+                @for (n, style, name, time, begin, length) in &pieces {
                     @if *length > 0.0 {
-                        rect class={ "part p" (n) } x=(tenths(*begin)) y="2" width=(tenths(*length)) height="40" {
+                        rect class={ "part p" (style) } x=(tenths(*begin)) y="2" width=(tenths(*length)) height="40" {
                             title { (name) ": " (span(*time)) }
                         }
                     }
                     @if *length > 22.0 {
-                        text class={ "piece p" (n) } x=(tenths(begin + length / 2.0)) y="27" { (n + 1) }
+                        text class={ "piece p" (style) } x=(tenths(begin + length / 2.0)) y="27" { (n + 1) }
                     }
                 }
             }
             ol class="parts" {
-                @for (n, name, time, _, _) in &pieces {
+                @for (n, style, name, time, _, _) in &pieces {
                     li {
-                        span class={ "number p" (n) } { (n + 1) }
+                        span class={ "number p" (style) } { (n + 1) }
                         span class="name" { (name) }
                         span class="value" { (span(*time)) }
                         span class="share" { (format!("{:.1} %", time / sum * 100.0)) }

@@ -25,7 +25,7 @@ pub fn key_figures(series: &Series, report: &Report) -> Markup {
     let pages = ram.pages.total();
     let figures = [
         ("total time", span(sane(report.total_seconds)), format!("{} of it setup", span(sane(report.setup_seconds)))),
-        ("downtime", downtime, predicted.map_or(limit.clone(), |predicted| format!("{limit}, {predicted}"))),
+        ("downtime", downtime, predicted.map_or(limit.clone(), |predicted| format!("{limit}\n{predicted}"))),
         ("RAM", format_size(ram.total_bytes), format!("{} to go", format_size(ram.remaining_bytes))),
         ("transferred", format_size(ram.transferred_bytes), format!("{pages} pages")),
         (

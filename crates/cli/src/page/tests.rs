@@ -4,7 +4,7 @@ use std::io::Write;
 
 use dunlin::error::Phase;
 use dunlin::report::{ChannelReport, DowntimeParts, ErrorReport, PageCounts, Round};
-use dunlin::{GuestPlace, Side, Status};
+use dunlin::{GuestPlace, Side};
 use serde_json::{Value, json};
 
 use super::*;

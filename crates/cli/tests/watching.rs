@@ -1,0 +1,207 @@
+//! Watching, recording and measuring migrations of real processes: what is seen is held to the migration's own report.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
+#![allow(dead_code, reason = "each test binary uses a part of the harness")]
+
+mod common;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use common::{DUNLIN, Machine, PATIENCE, turn, until};
+use dunlin::{Report, Status};
+use serde_json::{Value, json};
+
+const BUSY: &str = "pattern=uniform,rate=20M/s,working-set=32M";
+
+fn dunlin(arguments: &[&str]) -> Output {
+    Command::new(DUNLIN).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// The samples of a recording, after its first line.
+fn samples(path: &Path) -> Vec<Value> {
+    let whole = fs::read_to_string(path).unwrap();
+    let mut lines = whole.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let header = lines.next().unwrap();
+    assert_eq!((&header["schema"], &header["version"]), (&json!("dunlin-recording"), &json!(1)), "{header}");
+    lines.collect()
+}
+
+fn qmp(machine: &Machine) -> String {
+    format!("unix:{}", machine.qmp.display())
+}
+
+#[test]
+fn a_migration_is_recorded_on_both_sides_and_makes_a_page() {
+    let _turn = turn();
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str| directory.path().join(name).display().to_string();
+    let source = Machine::source(directory.path(), "256M", BUSY, &[]);
+    let destination = Machine::destination(directory.path(), "256M");
+    source.connect();
+    destination.connect();
+    // Before the migration begins there is nothing to record, only to wait for.
+    let watcher = Command::new(DUNLIN)
+        .args(["watch", "--qmp", &qmp(&destination), "--record", &file("b.jsonl")])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    until("the watcher makes its file", PATIENCE, || fs::metadata(file("b.jsonl")).ok().filter(|file| file.len() > 0));
+    let ran = dunlin(&[
+        "migrate",
+        "--qmp",
+        &qmp(&source),
+        &destination.address(),
+        "--set",
+        "max-bandwidth=150M/s",
+        "--record",
+        &file("a.jsonl"),
+    ]);
+    assert!(ran.status.success(), "{}", text(&ran.stderr));
+    let watched = watcher.wait_with_output().unwrap();
+    assert!(watched.status.success(), "{}", text(&watched.stderr));
+    assert!(text(&watched.stdout).starts_with("completed in"), "{}", text(&watched.stdout));
+
+    for (name, machine) in [("a", &source), ("b", &destination)] {
+        let samples = samples(Path::new(&file(&format!("{name}.jsonl"))));
+        let ended = machine.completed();
+        // 150 MB/s: more than half a second; a look every 20 ms, or slower on a busy host.
+        assert!(samples.len() > 8, "{} samples", samples.len());
+        let last: Report = serde_json::from_value(samples.last().unwrap()["report"].clone()).unwrap();
+        assert_eq!(last.status, Status::Completed);
+        assert_eq!(last.ram.transferred_bytes, ended.ram.transferred_bytes);
+        assert_eq!(last.total_seconds, ended.total_seconds);
+        let rounds: Vec<&Value> =
+            samples.iter().flat_map(|sample| sample["report"]["rounds"].as_array().unwrap()).collect();
+        assert_eq!(json!(rounds), json!(ended.rounds), "each round once, in order");
+        let bytes = |sample: &Value| sample["report"]["ram"]["transferred_bytes"].as_u64().unwrap();
+        assert!(
+            samples.is_sorted_by_key(bytes)
+                && samples.is_sorted_by(|a, b| a["seconds"].as_f64() < b["seconds"].as_f64())
+        );
+        let made = dunlin(&["report", &file(&format!("{name}.jsonl")), "-o", &file("page.html")]);
+        assert!(made.status.success(), "{}", text(&made.stderr));
+        let page = fs::read_to_string(file("page.html")).unwrap();
+        assert!(page.contains("Migration completed") && page.contains(ended.session.as_deref().unwrap()));
+    }
+    let printed = dunlin(&["report", &file("a.jsonl"), "-o", "-"]);
+    assert!(text(&printed.stdout).starts_with("<!DOCTYPE html>"), "{}", text(&printed.stderr));
+}
+
+#[test]
+fn a_recorder_that_is_killed_leaves_a_file_that_is_read() {
+    let _turn = turn();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.jsonl");
+    let source = Machine::source(directory.path(), "256M", BUSY, &[]);
+    let destination = Machine::destination(directory.path(), "256M");
+    source.set(json!({"max-bandwidth": 20 << 20}));
+    source.migrate(&destination.address());
+    let mut watcher = Command::new(DUNLIN)
+        .args(["watch", "--qmp", &qmp(&source), "--record", &path.display().to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    until("there are some samples", PATIENCE, || {
+        fs::read_to_string(&path).ok().filter(|text| text.lines().count() > 5)
+    });
+    watcher.kill().unwrap();
+    watcher.wait().unwrap();
+    assert_eq!(source.report().unwrap().status, Status::Active, "the migration goes on");
+    assert!(samples(&path).len() >= 4);
+    let page = dunlin(&["report", &path.display().to_string(), "-o", "-"]);
+    assert!(text(&page.stdout).contains("The recording ends before the migration"), "{}", text(&page.stderr));
+    source.execute("migrate_cancel", json!({}));
+    source.ended();
+}
+
+#[test]
+fn mistakes() {
+    let _turn = turn();
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str| directory.path().join(name).display().to_string();
+    fs::write(file("there"), "mine").unwrap();
+    let source = Machine::source(directory.path(), "64M", "idle", &[]);
+    source.connect();
+    let refused = |arguments: &[&str], wanted: &str| {
+        let output = dunlin(arguments);
+        let said = text(&output.stderr);
+        assert!(
+            !output.status.success() && said.contains(wanted) && said.lines().count() == 1,
+            "{arguments:?}: {said}"
+        );
+    };
+    let nowhere = "tcp:127.0.0.1:1";
+    refused(&["migrate", "--qmp", &qmp(&source), nowhere, "--record", &file("there")], "exists already");
+    assert_eq!(fs::read_to_string(file("there")).unwrap(), "mine");
+    assert!(source.report().is_none(), "nothing was started that could not be recorded");
+    refused(&["watch", "--qmp", &qmp(&source), "--record", &file("no/such/place")], "could not record to");
+    refused(&["watch", "--qmp", &file("nobody"), "--record", &file("new")], "no machine answers");
+    assert!(fs::metadata(file("new")).is_err(), "nothing is left of what never began");
+    refused(&["report", &file("there"), "-o", "-"], "it is not a recording");
+    refused(&["report", &file("nothing"), "-o", "-"], "could not open");
+    refused(&["report", &directory.path().display().to_string(), "-o", "-"], "could not");
+    refused(
+        &["run", "--memory", "16M", "--qmp", &qmp(&source).replace("source", "other"), "--metrics", "nowhere"],
+        "metrics",
+    );
+    // A migration that fails is recorded to its end.
+    refused(&["migrate", "--qmp", &qmp(&source), nowhere, "--record", &file("failed")], "the migration failed");
+    let page = text(&dunlin(&["report", &file("failed"), "-o", "-"]).stdout);
+    assert!(page.contains("Migration failed") && page.contains("Connection refused"), "{page}");
+}
+
+#[test]
+fn metrics_of_a_running_migration() {
+    let _turn = turn();
+    let directory = tempfile::tempdir().unwrap();
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let address = free.to_string();
+    let source = Machine::source(directory.path(), "256M", BUSY, &["--metrics", &address]);
+    let destination = Machine::destination(directory.path(), "256M");
+    source.connect();
+    let scrape = || {
+        let mut stream = TcpStream::connect(&address).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let value = |text: &str, name: &str| -> Option<f64> {
+        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+    };
+    let bytes = "dunlin_migration_transferred_bytes_total{side=\"source\"}";
+    let before = scrape();
+    assert!(before.contains("dunlin_build_info") && value(&before, bytes).is_none(), "{before}");
+    source.set(json!({"max-bandwidth": 100 << 20}));
+    source.migrate(&destination.address());
+    let mut seen = 0.0;
+    let mut looks = 0;
+    until("the migration ends", PATIENCE, || {
+        let text = scrape();
+        let now = value(&text, bytes).unwrap();
+        assert!(now >= seen, "{now} after {seen}");
+        seen = now;
+        looks += 1;
+        thread::sleep(Duration::from_millis(20));
+        (value(&text, "dunlin_migration_status{side=\"source\",status=\"completed\"}") == Some(1.0)).then_some(())
+    });
+    let report = source.completed();
+    assert!(looks > 5, "{looks}");
+    assert_eq!(value(&scrape(), bytes), Some(report.ram.transferred_bytes as f64), "it stays after the end");
+    source.execute("quit", json!({}));
+    until("it no longer listens", PATIENCE, || TcpStream::connect(&address).is_err().then_some(()));
+}
