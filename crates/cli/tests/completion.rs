@@ -43,7 +43,7 @@ fn bash() {
     let all: String = PARAMETERS.iter().map(|info| format!("{}=\n", info.name)).collect();
     for (line, broken, wanted) in [
         ("dunlin moni", "moni", "monitor\n"),
-        ("dunlin completion ", "", "bash\nzsh\nfish\n"),
+        ("dunlin completion ", "", "bash\nzsh\nfish\n--help\n--version\n"),
         ("dunlin migrate --set ", "", &*all),
         ("dunlin migrate --set downt", "downt", "compopt -o nospace\ndowntime-limit=\n"),
         ("dunlin migrate --set multifd-compression=", "", "none\nlz4\nzstd\n"),
@@ -62,7 +62,7 @@ const ZSH: &str = r#"
     autoload -Uz compinit && compinit -u -d /dev/null
     source <("$1" completion zsh) || exit
     [[ $_comps[dunlin] == _dunlin ]] || exit
-    _describe() { local -a offered=("${(@P)3}"); print -rl -- "${(@)offered%%:*}${5:+ no blank}"; }
+    _describe() { local -a offered=("${(@P)3}"); print -rl -- "${(@)offered%%:*}${4:+ no blank}"; }
     command=$1; shift; words=("$command" "$@"); CURRENT=$#words
     _dunlin
 "#;
@@ -87,7 +87,8 @@ fn zsh() {
 const FISH: &str = r#"
     set -x PATH (dirname $argv[1]) $PATH
     dunlin completion fish | source
-    complete --do-complete $argv[2] | string split --fields 1 \t
+    complete --do-complete $argv[2] | string replace --regex '\t.*' ''
+    true
 "#;
 
 #[test]

@@ -121,7 +121,7 @@ pub(super) static COMMANDS: &[Command] = &[
     Command {
         name: "migrate",
         arguments: &[flag("-d"), flag("-r"), optional("URI", Kind::Text)],
-        help: "migrate to URI; -d: do not wait for the end; -r: ask again for a guest that was released and not heard of",
+        help: "migrate to URI; -d: do not wait for the end; -r: ask again for a released guest",
         does: Does::Run(migration::migrate),
     },
     Command {
@@ -154,7 +154,7 @@ pub(super) static COMMANDS: &[Command] = &[
             Argument { name: "NAME", kind: CAPABILITY, presence: Presence::Again { optional: false } },
             Argument { name: "on|off", kind: ON_OFF, presence: Presence::Again { optional: true } },
         ],
-        help: "switch capabilities; a name alone means on; all together or none",
+        help: "switch capabilities, all together or none; a name alone means on",
         does: Does::Run(settings::set_capabilities),
     },
     Command {
@@ -163,32 +163,32 @@ pub(super) static COMMANDS: &[Command] = &[
             Argument { name: "NAME", kind: Kind::Parameter(any), presence: Presence::Again { optional: false } },
             Argument { name: "VALUE", kind: Kind::Value, presence: Presence::Again { optional: false } },
         ],
-        help: "set parameters, in their units or with a unit behind the number; all together or none",
+        help: "set parameters, all together or none; a number alone is in the parameter's unit",
         does: Does::Run(settings::set_parameters),
     },
     Command {
         name: "migrate_set_speed",
         arguments: &[required("RATE", Kind::Text)],
-        help: "old: migrate_set_parameter max-bandwidth; a bare number is in MiB/s, as it was in QEMU",
+        help: "old, for migrate_set_parameter max-bandwidth; a number alone is in MiB/s",
         does: Does::Old(&settings::SPEED),
     },
     Command {
         name: "migrate_set_downtime",
         arguments: &[required("TIME", Kind::Text)],
-        help: "old: migrate_set_parameter downtime-limit; a bare number is in seconds, as it was in QEMU",
+        help: "old, for migrate_set_parameter downtime-limit; a number alone is in seconds",
         does: Does::Old(&settings::DOWNTIME),
     },
     Command {
         name: "migrate_set_cache_size",
         arguments: &[required("SIZE", Kind::Text)],
-        help: "old: migrate_set_parameter xbzrle-cache-size; a bare number is in MiB, as it was in QEMU",
+        help: "old, for migrate_set_parameter xbzrle-cache-size; a number alone is in MiB",
         does: Does::Old(&settings::CACHE_SIZE),
     },
     Command { name: "stop", arguments: &[], help: "pause the guest", does: Does::Run(migration::stop) },
     Command {
         name: "cont",
         arguments: &[flag("-t")],
-        help: "start or restart the guest; -t: decide that an undecided guest is here, after making sure that it does not run elsewhere",
+        help: "start or restart the guest; -t: it is undecided where it is, and it is here",
         does: Does::Run(migration::cont),
     },
     Command {
@@ -200,7 +200,7 @@ pub(super) static COMMANDS: &[Command] = &[
     Command {
         name: "set_vcpu_throttle",
         arguments: &[required("PERCENT", Kind::Text), optional("VCPU", Kind::Text)],
-        help: "slow a vCPU down, or all: take this part of its time, until it is cancelled",
+        help: "take this part of a vCPU's time, or of all vCPUs', until it is cancelled",
         does: Does::Run(throttle::set),
     },
     Command {
