@@ -84,6 +84,16 @@ fn a_dialogue_of_a_script() {
     assert!(source.is_running(), "it went on after a failure");
     assert_eq!(source.execute("query-migrate-parameters", json!({}))["multifd-channels"], 2);
 
+    assert_eq!(says(&source, &["set_vcpu_throttle 30%", "info vcpu_throttle"]), "vCPU 0: 30%\nvCPU 0: 30%\n");
+    assert_eq!(says(&source, &["cancel_vcpu_throttle 0"]), "vCPU 0: 0%\n");
+    assert!(says(&source, &["info dirty_rate", "calc_dirty_rate -b 200ms"]).starts_with("not measured yet"));
+    let measured = until("the dirty rate is measured", PATIENCE, || {
+        Some(says(&source, &["info dirty_rate"])).filter(|said| said.starts_with("dirty rate: "))
+    });
+    let rate: f64 = measured.split_whitespace().nth(2).unwrap().parse().unwrap();
+    assert!(measured.contains(" MiB/s, by counting written pages, over 200.0 ms\n"), "{measured}");
+    assert!(rate > 1.0 && rate < 40.0, "the guest writes 20 MiB/s: {measured}");
+
     let said = says(&destination, &["migrate_incoming tcp:127.0.0.1:0", "info migrate"]);
     let (first, second) = said.split_once('\n').unwrap();
     assert_eq!(format!("{first}\n"), second);

@@ -213,6 +213,12 @@ fn the_guest_and_its_migrations() {
     talk.refuses("migrate_incoming tcp:127.0.0.1:0", &["a guest is here already"]);
     talk.refuses("cont -t", &["nothing is undecided"]);
 
+    talk.refuses("calc_dirty_rate soon", &["'soon'", "500ms", "[SECONDS] [PAGES]"]);
+    talk.refuses("calc_dirty_rate 90", &["50 ms to 60 s"]);
+    talk.refuses("calc_dirty_rate -r -b", &["one way of measuring"]);
+    talk.refuses("set_vcpu_throttle 20", &["throttle"]);
+    assert_eq!(talk.says("info vcpu_throttle"), "this machine cannot throttle its vCPUs\n");
+
     let mut talk = Talk::awaiting();
     assert_eq!(talk.says("info status"), "VM status: paused (inmigrate)\n");
     let said = talk.says("migrate_incoming tcp:127.0.0.1:0");

@@ -1,6 +1,7 @@
 //! Why a line was not carried out.
 
 use dunlin::UriError;
+use dunlin::dirty_rate::DirtyRateError;
 use dunlin::parameters::ParameterError;
 
 use crate::vm::VmError;
@@ -78,6 +79,9 @@ pub enum HmpError {
     /// An address is wrong.
     #[error("{0}")]
     Address(#[from] UriError),
+    /// The dirty rate cannot be measured.
+    #[error("{0}")]
+    DirtyRate(#[from] DirtyRateError),
     /// The machine refused.
     #[error("{0}")]
     Refused(#[from] VmError),

@@ -5,9 +5,10 @@
 //! what it means everywhere else in Dunlin: the unit of the parameter's row, or the unit behind it.
 //!
 //! The way of a line: `words` → `table` (which row, its flags and words counted) → the row's function in `migration`,
-//! `settings`, `show`, `throttle` or `help` → [`Vm`].
+//! `settings`, `show`, `throttle`, `dirty_rate` or `help` → [`Vm`].
 
 mod complete;
+mod dirty_rate;
 mod error;
 mod help;
 mod migration;

@@ -5,7 +5,7 @@ use dunlin::parameters::ParameterInfo;
 
 use super::error::HmpError;
 use super::settings::Old;
-use super::{help, migration, settings, show, throttle};
+use super::{dirty_rate, help, migration, settings, show, throttle};
 use crate::not_yet;
 use crate::vm::Vm;
 
@@ -193,9 +193,9 @@ pub(super) static COMMANDS: &[Command] = &[
     },
     Command {
         name: "calc_dirty_rate",
-        arguments: &[optional("SECONDS", Kind::Text)],
-        help: "measure how fast the guest dirties its RAM",
-        does: Does::Run(throttle::calc_dirty_rate),
+        arguments: &[flag("-r"), flag("-b"), optional("SECONDS", Kind::Text), optional("PAGES", Kind::Text)],
+        help: "measure how fast RAM is dirtied: by PAGES of each GiB, -b: all pages, -r: all of each vCPU",
+        does: Does::Run(dirty_rate::calc),
     },
     Command {
         name: "set_vcpu_throttle",
@@ -261,7 +261,7 @@ pub(super) static TOPICS: &[Command] = &[
         name: "dirty_rate",
         arguments: &[],
         help: "what calc_dirty_rate measured",
-        does: Does::Run(throttle::dirty_rate),
+        does: Does::Run(dirty_rate::show),
     },
     Command {
         name: "vcpu_throttle",

@@ -1,18 +1,10 @@
-//! Slowing vCPUs down, and measuring how fast they dirty RAM.
+//! Slowing vCPUs down.
 
 use std::fmt::Write;
 
 use super::error::HmpError;
 use super::table::Given;
 use crate::vm::{Vm, VmError};
-
-pub(super) fn calc_dirty_rate(_: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
-    Err(HmpError::NotYet { name: given.command.name, why: "dirty rates are not measured on their own yet" })
-}
-
-pub(super) fn dirty_rate(_: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
-    Err(HmpError::NotYet { name: given.command.name, why: "dirty rates are not measured on their own yet" })
-}
 
 /// `set_vcpu_throttle PERCENT [VCPU]`
 pub(super) fn set(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
