@@ -270,6 +270,14 @@ pub enum Cause {
         /// How it was lost.
         last: String,
     },
+    /// The migration ended, and then the guest, which is here, could not be started again.
+    #[error("{why}; then the guest could not be started again here: {failed}")]
+    NotResumed {
+        /// Why it ended.
+        why: String,
+        /// Why the guest does not run.
+        failed: String,
+    },
     /// A thread of the engine could not be started, or ended without an answer.
     #[error("a thread of the engine ({thread}) {what}")]
     Thread {

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::dirty_rate::{DirtyRate, DirtyRateError, DirtyRateRequest, DirtyRateService};
 use crate::error::{GuestError, GuestPlace, MachineStep, Side};
+use crate::link::contain;
 use crate::machine::Machine;
 use crate::report::Status;
 use crate::throttle::{Throttle, VcpuThrottle};
@@ -290,9 +291,12 @@ impl Guest {
         Self::must_be_here(&state)?;
         let was_running = state.running;
         self.pause(&mut state)?;
-        // Wherever it goes on, it does so at full speed.
-        self.throttle.set_migration(&[]);
         state.ownership = Ownership::HandingOver;
+        // Wherever it goes on, it does so at full speed. A machine that fails here has stopped all the same.
+        let _ = contain("source", || {
+            self.throttle.set_migration(&[]);
+            Ok(())
+        });
         Ok(was_running)
     }
 

@@ -88,7 +88,7 @@ pub struct Report {
     pub downtime_limit_seconds: f64,
     /// What the downtime would be if the guest were stopped now; at the end, what was predicted when it was.
     pub predicted_downtime_seconds: Option<f64>,
-    /// What the downtime was made of, once the guest was stopped.
+    /// What the downtime was made of, once the guest was stopped: the parts that are over.
     pub downtime_parts: Option<DowntimeParts>,
     /// The passes over the dirty bitmap, in order, the latest [`MAX_ROUNDS`] of them; the last one with the guest
     /// stopped.
@@ -99,7 +99,8 @@ pub struct Report {
     pub delta: DeltaCounts,
     /// Bytes of device state sent or received.
     pub device_state_bytes: u64,
-    /// Bytes on all channels a second, over the last round with the guest running; after the end, over all that are listed.
+    /// Bytes on all channels a second, over the latest rounds that moved enough to tell; after the end, over all that are
+    /// listed.
     pub bandwidth_bytes_per_second: u64,
     /// Bytes of RAM the guest dirties a second, as of the last round.
     pub dirty_bytes_per_second: u64,
@@ -403,6 +404,21 @@ pub struct ErrorReport {
     pub phase: Phase,
     /// Where the guest is.
     pub guest: GuestPlace,
+}
+
+impl ErrorReport {
+    /// The guest is somewhere else by now.
+    pub(crate) fn moved_to(&mut self, guest: GuestPlace) {
+        if let Some(rest) = self.message.strip_suffix(&place(self.guest)) {
+            self.message = format!("{rest}{}", place(guest));
+            self.guest = guest;
+        }
+    }
+}
+
+/// How an error's sentence ends.
+fn place(guest: GuestPlace) -> String {
+    format!("; the guest is {guest}")
 }
 
 impl From<&MigrationError> for ErrorReport {

@@ -152,3 +152,34 @@ fn at_every_step() {
         }
     }
 }
+
+/// The migration is cancelled while it waits before the switchover, and the guest cannot be started again: it is here,
+/// everybody is told, and nobody waits for ever.
+#[test]
+fn a_guest_that_does_not_go_on() {
+    for how in [How::Fails, How::Panics] {
+        let mut from = source(32 * MIB, 2, "pattern=uniform,rate=20M", 7);
+        let to = empty(32 * MIB, 2);
+        let brittle = Brittle::new(&from.machine, Step::Resume, how);
+        from.guest.stop().unwrap();
+        from.guest = Guest::new(brittle.clone());
+        from.guest.cont().unwrap();
+        let wait = parameters(&[("pause-before-switchover", "on")]);
+        {
+            let destination = to.listen("tcp:127.0.0.1:0", &wait);
+            let migration = from.migrate(destination.local_uri(), &wait);
+            until("pre-switchover", || migration.report().status == Status::PreSwitchover);
+            brittle.armed.store(true, Ordering::SeqCst);
+            migration.cancel().unwrap();
+            let report = migration.wait();
+            println!("{how:?}: {}", message(&report));
+            assert_eq!((report.status, report.guest), (Status::Failed, GuestPlace::PausedAtSource));
+            assert!(message(&report).contains("cancelled") && message(&report).contains("no Resume today"));
+            until("the destination knows", || destination.report().status == Status::Cancelled);
+        }
+        brittle.armed.store(false, Ordering::SeqCst);
+        from.guest.cont().unwrap();
+        move_guest(&from, &to, "tcp:127.0.0.1:0", &parameters(&[]));
+        to.assert_good("after all");
+    }
+}

@@ -222,7 +222,7 @@ fn check(report: &Report, memory_bytes: u64, began: Instant) {
 
 /// Looks at both sides all the while, until `ended`.
 fn watch(pair: &Pair, source: &Source, began: Instant, mut ended: impl FnMut(&Report) -> bool) {
-    let mut before = [0; 2];
+    let mut before = [[0.0; 4]; 2];
     loop {
         // What has come through the proxy left the source before, and reaches the destination after.
         let passed = pair.proxy.bytes(Way::ToDestination);
@@ -238,8 +238,11 @@ fn watch(pair: &Pair, source: &Source, began: Instant, mut ended: impl FnMut(&Re
         );
         for (report, before) in [&here, &there].into_iter().zip(&mut before) {
             check(report, pair.memory_bytes, began);
-            assert!(report.ram.transferred_bytes >= *before, "bytes do not come back");
-            *before = report.ram.transferred_bytes;
+            let waiting: f64 = report.channels.iter().map(|channel| channel.waiting_seconds).sum();
+            let pages = report.ram.pages.total() as f64;
+            let now = [report.ram.transferred_bytes as f64, pages, report.total_seconds, waiting];
+            assert!(now.iter().zip(&*before).all(|(now, before)| now >= before), "{now:?} after {before:?}");
+            *before = now;
         }
         if ended(&here) {
             return;
@@ -306,7 +309,7 @@ fn of_a_migration_that_completes() {
             assert!(rate < 1.3 * f64::from(80 << 20) || round.transferred_bytes < 4 << 20, "{round:?}");
         }
         // A channel's thread is busy or waits for as long as rounds last.
-        for channel in &here.channels {
+        for channel in here.channels.iter().chain(&there.channels) {
             let time = channel.busy_seconds + channel.waiting_seconds;
             assert!(time <= rounds + 0.05 && time > rounds * 0.5, "{time} of {rounds} s");
         }

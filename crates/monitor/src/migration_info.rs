@@ -122,7 +122,9 @@ fn ram(report: &Report) -> Value {
         (pages as f64 / round.seconds) as u64
     });
     let downtime_bytes = match (report.downtime_parts, last_round) {
-        (Some(_), Some(round)) => round.transferred_bytes.saturating_add(report.device_state_bytes),
+        (Some(parts), Some(round)) if parts.ram_seconds > 0.0 => {
+            round.transferred_bytes.saturating_add(report.device_state_bytes)
+        }
         _ => 0,
     };
     let multifd_bytes = report.channels.iter().fold(0u64, |sum, channel| sum.saturating_add(channel.transferred_bytes));

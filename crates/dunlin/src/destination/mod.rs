@@ -14,7 +14,7 @@ mod session;
 
 use std::fmt;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -25,6 +25,7 @@ use crate::error::{Cause, GuestError, MigrationError, Phase, Side};
 use crate::guest::{Guest, GuestEvent};
 use crate::handover::DestinationState;
 use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
+use crate::memory::PAGE_SIZE;
 use crate::parameters::{ParameterError, Parameters};
 use crate::report::{Report, Status};
 use crate::wire::{Message, SessionId};
@@ -71,6 +72,8 @@ struct Shared {
     changed: Condvar,
     control: Mutex<Arc<ChannelCounters>>,
     channels: Mutex<Vec<(u8, Arc<ChannelCounters>)>>,
+    /// Pages of all rounds that the source has told the end of.
+    pages_in_rounds: AtomicU64,
     cpu: Arc<CpuTime>,
     /// Written to when the acceptor has something to look at.
     wake: OwnedFd,
@@ -110,7 +113,9 @@ impl Shared {
     }
 
     fn snapshot(&self) -> Report {
-        let mut report = lock(&self.report).clone();
+        // With the lock held to the end, so that figures of one session never stand beside another's, and none goes back.
+        let shown = lock(&self.report);
+        let mut report = shown.clone();
         if !report.status.is_final()
             && let Some(began) = *lock(&self.began)
         {
@@ -126,6 +131,12 @@ impl Shared {
             report.ram.transferred_bytes += channel.transferred_bytes;
             report.ram.pages += channel.pages;
             report.channels.push(channel);
+        }
+        // Of what was dirty after the last round, or of all at first, what has come since is not to come any more.
+        let arrived = report.ram.pages.total().saturating_sub(self.pages_in_rounds.load(Ordering::Relaxed));
+        if !report.status.is_final() {
+            let arrived_bytes = arrived.saturating_mul(PAGE_SIZE);
+            report.ram.remaining_bytes = report.ram.remaining_bytes.saturating_sub(arrived_bytes);
         }
         report.channels.sort_by_key(|channel| channel.index);
         report.cpu_seconds.destination = Some(self.cpu.total().as_secs_f64());
@@ -189,6 +200,7 @@ impl Destination {
             changed: Condvar::new(),
             control: Mutex::default(),
             channels: Mutex::default(),
+            pages_in_rounds: AtomicU64::new(0),
             cpu: Arc::default(),
             wake,
             stop: AtomicBool::new(false),

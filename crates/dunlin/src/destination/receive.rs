@@ -49,6 +49,15 @@ impl Carries {
     }
 }
 
+/// What a receiving thread waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Between {
+    /// The next frame of a round.
+    Frames,
+    /// A round.
+    Rounds,
+}
+
 /// A connection's receiving thread and what it needs.
 pub(super) struct Receiving {
     pub(super) receiver: FrameReceiver,
@@ -70,8 +79,9 @@ impl Receiving {
             let mut meter = cpu.meter();
             let mut clock = ChannelClock::start(self.counters.clone());
             let mut runs = Vec::new();
+            let mut between = Between::Rounds;
             loop {
-                let step = contain("destination receiver", || self.step(&mut runs));
+                let step = contain("destination receiver", || self.step(&mut runs, &mut clock, &mut between));
                 clock.lap();
                 let event = match step {
                     Ok(None) => continue,
@@ -96,8 +106,21 @@ impl Receiving {
         self.places.take(&self.heard).ok_or_else(|| Cause::Closed { channel: name() })
     }
 
-    fn step(&mut self, runs: &mut Vec<crate::wire::PageRun>) -> Result<Option<Event>, Cause> {
+    fn step(
+        &mut self,
+        runs: &mut Vec<crate::wire::PageRun>,
+        clock: &mut ChannelClock,
+        between: &mut Between,
+    ) -> Result<Option<Event>, Cause> {
         let received = self.receiver.next(self.placement.block_bytes(), runs)?;
+        if *between == Between::Rounds {
+            // No round was under way, so nothing was waited for.
+            clock.skip();
+        }
+        *between = match received {
+            Received::Pages => Between::Frames,
+            Received::Message(_) => Between::Rounds,
+        };
         self.heard.touch();
         match (received, self.carries.channel()) {
             (Received::Pages, Some(channel)) => {

@@ -121,12 +121,13 @@ impl<'a> Session<'a> {
     }
 
     fn begin_report(&self) {
+        // Held all the while: nobody sees half of this.
+        let mut report = lock(&self.shared.report);
         *lock(&self.shared.began) = Some(Instant::now());
         *lock(&self.shared.phase) = Phase::Setup;
-        let counters = Arc::new(ChannelCounters::default());
-        *lock(&self.shared.control) = counters;
+        *lock(&self.shared.control) = Arc::default();
         lock(&self.shared.channels).clear();
-        let mut report = lock(&self.shared.report);
+        self.shared.pages_in_rounds.store(0, std::sync::atomic::Ordering::Relaxed);
         let fresh = crate::report::Report::new(Side::Destination, report.guest);
         report.session = Some(self.id.to_string());
         report.rounds.clear();
@@ -256,7 +257,7 @@ impl<'a> Session<'a> {
     fn on_message(&mut self, message: Message) -> Result<(), Cause> {
         match message {
             Message::Start(start) if self.expected.is_none() => self.on_start(&start),
-            Message::RoundDone(round) => {
+            Message::RoundDone(round) if self.state == DestinationState::Loading => {
                 self.on_round(*round);
                 Ok(())
             }
@@ -345,6 +346,9 @@ impl<'a> Session<'a> {
     fn on_round(&self, done: RoundDone) {
         let round = Round::from(&done);
         let mut report = lock(&self.shared.report);
+        let pages = &self.shared.pages_in_rounds;
+        let all = pages.load(std::sync::atomic::Ordering::Relaxed).saturating_add(done.pages.total());
+        pages.store(all, std::sync::atomic::Ordering::Relaxed);
         report.ram.remaining_bytes = round.dirty_bytes;
         report.bandwidth_bytes_per_second = round.bandwidth_bytes_per_second;
         report.dirty_bytes_per_second = round.dirty_bytes_per_second;

@@ -31,7 +31,7 @@ use crate::guest::{Guest, GuestEvent, Resume};
 use crate::handover::SourceState;
 use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
 use crate::parameters::{ParameterError, Parameters};
-use crate::report::{DeltaCounts, Report, Status};
+use crate::report::{DeltaCounts, DowntimeParts, Report, Status};
 use crate::wire::{Message, Offer, SessionId};
 pub(crate) use auto_converge::ThrottlePolicy;
 use pacing::Pacer;
@@ -157,6 +157,11 @@ impl Shared {
         cause
     }
 
+    /// A part of the downtime is over and took so long.
+    fn note_part(&self, part: fn(&mut DowntimeParts) -> &mut f64, seconds: f64) {
+        *part(lock(&self.report).downtime_parts.get_or_insert_default()) = seconds;
+    }
+
     fn error(&self, phase: Phase, cause: Cause) -> MigrationError {
         MigrationError { side: Side::Source, phase, guest: self.guest.place(Side::Source), cause }
     }
@@ -178,7 +183,7 @@ impl Shared {
             self.guest.end_migration();
         }
         let mut report = lock(&self.report);
-        report.total_seconds = snapshot.total_seconds;
+        report.total_seconds = self.began.elapsed().as_secs_f64();
         if status == Status::Completed {
             report.settle_bandwidth();
             report.ram.remaining_bytes = 0;
@@ -191,10 +196,14 @@ impl Shared {
     }
 
     fn snapshot(&self) -> Report {
-        let mut report = lock(&self.report).clone();
-        if !report.status.is_final() {
-            report.total_seconds = self.began.elapsed().as_secs_f64();
-        }
+        let mut report = {
+            // With the lock held, so that the time never goes back when the migration ends.
+            let mut report = lock(&self.report);
+            if !report.status.is_final() {
+                report.total_seconds = self.began.elapsed().as_secs_f64();
+            }
+            report.clone()
+        };
         if let Some(common) = &*lock(&self.common)
             && !report.status.is_final()
         {

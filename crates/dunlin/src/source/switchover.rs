@@ -12,10 +12,10 @@ use super::{Event, Shared};
 use crate::error::{Cause, GuestError, MachineStep, Phase, Side};
 use crate::guest::{GuestEvent, Resume};
 use crate::handover::{SourceAction, SourceEvent, SourceState};
-use crate::link::{FrameReceiver, FrameSender, lock};
+use crate::link::{FrameReceiver, FrameSender, contain, lock};
 use crate::machine::StateSection;
 use crate::parameters::Switch;
-use crate::report::{DowntimeParts, Round, Status};
+use crate::report::{Round, Status};
 use crate::wire::{
     Abort, AbortReason, Done, MAX_DEVICE_STATE_BYTES, MAX_NAME_BYTES, Message, Offer, Role, RoundDone, Section,
     data_checksum,
@@ -28,9 +28,16 @@ const TELL: Duration = Duration::from_secs(2);
 /// Pause between attempts to reach the destination again: the first, and the longest.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// Advances the handover: the new state, the guest's ownership, and what is to be done to the guest. What is to be
-/// sent is left to [`send`].
-fn transition(shared: &Shared, event: SourceEvent) -> Result<&'static [SourceAction], Cause> {
+/// What an event has done.
+struct Transition {
+    /// Of these, what is to be sent is left to [`send`].
+    actions: &'static [SourceAction],
+    /// Whether the guest runs again, where it is to.
+    resumed: Result<(), Cause>,
+}
+
+/// Advances the handover: the new state, the guest's ownership, and what is to be done to the guest.
+fn transition(shared: &Shared, event: SourceEvent) -> Result<Transition, Cause> {
     let mut handover = lock(&shared.handover);
     let (next, actions) = handover.state.on(event)?;
     if actions.contains(&SourceAction::PauseGuest) {
@@ -45,12 +52,16 @@ fn transition(shared: &Shared, event: SourceEvent) -> Result<&'static [SourceAct
     }
     let ends_downtime =
         actions.contains(&SourceAction::ResumeGuest) || (next == SourceState::Gone && before == SourceState::Released);
-    let resumed = if actions.contains(&SourceAction::ResumeGuest) { shared.guest.own(handover.run) } else { Ok(()) };
+    let run = handover.run;
+    let resumed = if actions.contains(&SourceAction::ResumeGuest) {
+        contain("source", || Ok(shared.guest.own(run)?))
+    } else {
+        Ok(())
+    };
     if let (true, Some(stopped)) = (ends_downtime, handover.stopped) {
         lock(&shared.report).downtime_seconds = stopped.elapsed().as_secs_f64();
     }
-    resumed?;
-    Ok(actions)
+    Ok(Transition { actions, resumed })
 }
 
 /// Sends what `actions` say.
@@ -105,23 +116,22 @@ impl Migration<'_> {
         let first = if waits { Status::PreSwitchover } else { Status::Device };
         *lock(&shared.phase) = Phase::Switchover;
         let mut clock = Clock::start();
-        transition(shared, SourceEvent::Pause)?;
-        let pause_seconds = clock.lap();
+        transition(shared, SourceEvent::Pause)?.resumed?;
+        shared.note_part(|parts| &mut parts.pause_seconds, clock.lap());
         shared.set_phase(Phase::Switchover, first);
-        if waits {
-            self.await_continue()?;
-            shared.set_phase(Phase::Switchover, Status::Device);
-        }
-        let wait_seconds = clock.lap();
+        let continued = if waits { self.await_continue() } else { Ok(()) };
+        shared.note_part(|parts| &mut parts.wait_seconds, clock.lap());
+        continued?;
+        shared.set_phase(Phase::Switchover, Status::Device);
         shared.guest.tell(GuestEvent::Pass { number: round });
         let predicted_downtime = lock(&shared.report).predicted_downtime_seconds.unwrap_or_default();
         let dirty_rate = lock(&shared.report).dirty_bytes_per_second;
         let (last, _) = self.common.dirty.sync()?;
         self.send_round(round)?;
         self.report_last_round(round, clock.peek(), last, dirty_rate, predicted_downtime)?;
-        let ram_seconds = clock.lap();
+        shared.note_part(|parts| &mut parts.ram_seconds, clock.lap());
         let sections = self.send_device_state()?;
-        let device_state_seconds = clock.lap();
+        shared.note_part(|parts| &mut parts.device_state_seconds, clock.lap());
 
         *lock(&shared.phase) = Phase::Handover;
         let pages = self.pages();
@@ -132,21 +142,13 @@ impl Migration<'_> {
         }
         self.apply(SourceEvent::Offer)?;
         self.await_ready()?;
-        let load_seconds = clock.lap();
+        shared.note_part(|parts| &mut parts.load_seconds, clock.lap());
         if self.stopped() {
             return Err(Cause::Cancelled);
         }
         self.apply(SourceEvent::Ready)?;
         self.await_running()?;
-        let handover_seconds = clock.lap();
-        lock(&shared.report).downtime_parts = Some(DowntimeParts {
-            pause_seconds,
-            wait_seconds,
-            ram_seconds,
-            device_state_seconds,
-            load_seconds,
-            handover_seconds,
-        });
+        shared.note_part(|parts| &mut parts.handover_seconds, clock.lap());
         // The guest runs over there: that Done cannot be sent changes nothing.
         if self.apply(SourceEvent::Running).is_ok() {
             self.control.finish();
@@ -155,7 +157,8 @@ impl Migration<'_> {
     }
 
     fn apply(&self, event: SourceEvent) -> Result<(), Cause> {
-        let actions = transition(self.shared, event)?;
+        let Transition { actions, resumed } = transition(self.shared, event)?;
+        resumed?;
         send(self.shared, actions, None, |message| self.control.send(message))
     }
 
@@ -300,18 +303,23 @@ impl Clock {
 /// What a failure has done to the handover so far.
 pub(super) struct Failing {
     before: SourceState,
-    actions: Result<&'static [SourceAction], Cause>,
+    done: Result<Transition, Cause>,
 }
 
-/// A failure: first of all the guest, if it may, runs again, and at full speed.
+/// A failure: first of all the guest, if it may, runs again; then it does so at full speed.
 pub(super) fn begin_to_fail(shared: &Shared, cause: &Cause) -> Failing {
-    shared.guest.throttle_for_migration(&[]);
     let before = lock(&shared.handover).state;
     let event = match cause {
         Cause::Peer { .. } | Cause::Refused { .. } | Cause::CancelledByPeer { .. } => SourceEvent::Aborted,
         _ => SourceEvent::Failed,
     };
-    Failing { before, actions: transition(shared, event) }
+    let done = contain("source", || transition(shared, event));
+    // That it cannot be let go is the machine's fault, and no reason to leave the destination without an answer.
+    let _ = contain("source", || {
+        shared.guest.throttle_for_migration(&[]);
+        Ok(())
+    });
+    Failing { before, done }
 }
 
 /// Then the destination is told, or asked.
@@ -321,7 +329,7 @@ pub(super) fn end_failing(
     cause: Cause,
     failing: Failing,
 ) -> Result<(), Cause> {
-    let actions = failing.actions?;
+    let Transition { actions, resumed } = failing.done?;
     let link_lost =
         matches!(cause, Cause::Io { .. } | Cause::Closed { .. } | Cause::Silent { .. } | Cause::Wire { .. });
     let mut told = false;
@@ -338,7 +346,10 @@ pub(super) fn end_failing(
     if failing.before == SourceState::Offered && !told && actions.contains(&SourceAction::SendAbort) {
         tell(shared, &cause);
     }
-    Err(cause)
+    Err(match resumed {
+        Ok(()) => cause,
+        Err(failed) => Cause::NotResumed { why: cause.to_string(), failed: failed.to_string() },
+    })
 }
 
 /// A failure before there was anything to stop.
@@ -370,7 +381,8 @@ impl<'a> Again<'a> {
     }
 
     fn apply(&mut self, event: SourceEvent, cause: Option<&Cause>) -> Result<(), Cause> {
-        let actions = transition(self.shared, event)?;
+        let Transition { actions, resumed } = transition(self.shared, event)?;
+        resumed?;
         send(self.shared, actions, cause, |message| self.sender.send(message))
     }
 }
@@ -456,7 +468,12 @@ pub(super) fn take_back(shared: &Shared) -> Result<(), Cause> {
     if !undecided {
         return Err(GuestError::NothingToDecide(shared.guest.place(Side::Source)).into());
     }
-    transition(shared, SourceEvent::TakeBack)?;
+    let taken = transition(shared, SourceEvent::TakeBack)?;
     shared.guest.end_migration();
-    Ok(())
+    let mut report = lock(&shared.report);
+    report.total_seconds = shared.began.elapsed().as_secs_f64();
+    if let Some(error) = &mut report.error {
+        error.moved_to(shared.guest.place(Side::Source));
+    }
+    taken.resumed
 }

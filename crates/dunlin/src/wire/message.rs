@@ -376,7 +376,11 @@ impl Message {
                 },
                 throttle: {
                     let count = input.u8()?;
-                    input.take(usize::from(count))?.to_vec()
+                    let percent = input.take(usize::from(count))?;
+                    if let Some(much) = percent.iter().find(|percent| **percent > 99) {
+                        return Err(WireError::Value { what: "a vCPU's throttle", value: u64::from(*much) });
+                    }
+                    percent.to_vec()
                 },
                 not_converging: input.text()?,
             })),

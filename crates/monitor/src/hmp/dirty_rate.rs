@@ -14,13 +14,13 @@ use crate::vm::Vm;
 pub(super) fn calc(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
     let not_that =
         |word: &str, wanted| HmpError::NotThat { word: word.to_owned(), wanted, usage: given.command.usage() };
-    let mut request = DirtyRateRequest::default();
-    request.mode = match (given.has("-r"), given.has("-b")) {
+    let mode = match (given.has("-r"), given.has("-b")) {
         (false, false) => DirtyRateMode::PageSampling,
         (false, true) => DirtyRateMode::DirtyBitmap,
         (true, false) => DirtyRateMode::DirtyRing,
         (true, true) => return Err(not_that("-r -b", "one way of measuring")),
     };
+    let mut request = DirtyRateRequest { mode, ..Default::default() };
     if let Some(word) = given.word(0) {
         let time = parse_duration(word, Duration::from_secs(1));
         request.calc_time = time.map_err(|_| not_that(word, "a time, such as 2 or 500ms"))?;
