@@ -6,6 +6,7 @@ mod guest;
 pub(crate) mod introspection;
 mod migration;
 mod parameters;
+mod throttling;
 
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
@@ -84,6 +85,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Command> {
         guest::COMMANDS,
         migration::COMMANDS,
         parameters::COMMANDS,
+        throttling::COMMANDS,
         descriptors::COMMANDS,
         introspection::COMMANDS,
     ];
