@@ -7,7 +7,6 @@ execution and descriptors; then its qmp-shell does it. Whatever is not as expect
 
 import asyncio
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -178,6 +177,7 @@ async def stop_and_cont(a):
 async def cancelled(a, b, uri):
     await a.do("migrate", uri=uri)
     await a.until(("MIGRATION_PASS", 1))
+    await a.until(("MIGRATION", "active"))
     info = await a.do("query-migrate")
     assert info["ram"]["total"] > 0 and info["status"] in ("setup", "active"), info
     await a.do("migrate_cancel")
@@ -257,8 +257,8 @@ async def back_over_descriptors(a, b):
 
 
 def shell(directory, machine, *lines):
-    program = shutil.which("qmp-shell") or os.path.join(os.environ["PYTHONPATH"], "bin", "qmp-shell")
-    outcome = subprocess.run([sys.executable, program, machine.path], input="".join(f"{line}\n" for line in lines),
+    program = "from qemu.qmp.qmp_shell import main; main()"
+    outcome = subprocess.run([sys.executable, "-c", program, machine.path], input="".join(f"{line}\n" for line in lines),
                              capture_output=True, text=True, timeout=PATIENCE,
                              env={**os.environ, "HOME": directory})
     assert outcome.returncode == 0, outcome

@@ -63,8 +63,10 @@ fn set_vcpu_throttle(call: Call<'_>) -> Result<Value, Refusal> {
     let arguments = call.arguments();
     let vcpu = cpu_index(arguments)?;
     let percentage = arguments.integer("percentage").and_then(Value::as_u64);
-    let percentage = percentage.and_then(|percentage| u8::try_from(percentage).ok()).filter(|percentage| *percentage < 100);
-    let percentage = percentage.ok_or_else(|| Refusal::generic("Parameter 'percentage' expects a value from 0 to 99"))?;
+    let percentage =
+        percentage.and_then(|percentage| u8::try_from(percentage).ok()).filter(|percentage| *percentage < 100);
+    let percentage =
+        percentage.ok_or_else(|| Refusal::generic("Parameter 'percentage' expects a value from 0 to 99"))?;
     done(call.vm.guest().set_vcpu_throttle(vcpu, percentage))
 }
 

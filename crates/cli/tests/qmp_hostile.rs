@@ -1,0 +1,341 @@
+//! Ten clients that send what they like, while a guest moves to and fro between the two processes that they send it to.
+//!
+//! `DUNLIN_TEST_SEED` repeats a run's commands, `DUNLIN_TEST_COMMANDS` says how many each client sends.
+
+// Clippy's exception for tests does not reach the functions that they call.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
+#![allow(dead_code, reason = "each test binary uses a part of the harness")]
+
+mod common;
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{Machine, PATIENCE, Random, number, turn, until};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use serde_json::{Value, json};
+
+const CLIENTS: u64 = 10;
+const COMMANDS: u64 = 10_000;
+/// What a process may take of memory beside its guest's.
+const MEMORY_BYTES: u64 = 64 << 20;
+
+fn below(random: &mut Random, bound: u64) -> u64 {
+    random.next() % bound
+}
+
+fn one_of<'a, T>(random: &mut Random, of: &'a [T]) -> &'a T {
+    &of[below(random, of.len() as u64) as usize]
+}
+
+/// Commands that leave the migrations alone, with arguments that may or may not be right.
+fn command(random: &mut Random) -> Value {
+    let value = any_value(random, 3);
+    let n = below(random, 120) as i64 - 10;
+    let (name, arguments) = match below(random, 22) {
+        0 => ("query-status", json!({})),
+        1 => ("query-migrate", json!({})),
+        2 => ("query-migration-report", json!({})),
+        3 => ("query-migrate-parameters", json!({})),
+        4 => ("query-migrate-capabilities", json!({})),
+        5 => ("query-commands", json!({})),
+        6 => ("query-events", json!({"x": value})),
+        7 => ("query-vcpu-throttle", json!({})),
+        8 => ("migrate-set-parameters", json!({"downtime-limit": 300 + n, "cpu-throttle-initial": value})),
+        9 => ("migrate-set-parameters", json!({"downtime-limit": 300 + n, "events": n % 2 == 0})),
+        10 => ("migrate-set-parameters", json!({"max-bandwidth": format!("{value}")})),
+        11 => ("migrate-set-capabilities", json!({"capabilities": [{"capability": "events", "state": value}]})),
+        12 => ("migrate-set-capabilities", json!({"capabilities": [value, {"capability": value}]})),
+        13 => ("set-vcpu-throttle", json!({"percentage": n, "cpu-index": n % 3})),
+        14 => ("cancel-vcpu-throttle", json!({})),
+        15 => ("migrate", json!({"uri": value})),
+        16 => ("migrate", json!({"channels": [{"channel-type": "main", "addr": value}], "detach": true})),
+        17 => ("migrate-continue", json!({"state": one_of(random, &["active", "none", "postcopy-active", "x"])})),
+        18 => ("human-monitor-command", json!({"command-line": format!("info {value}"), "cpu-index": n})),
+        19 => ("getfd", json!({"fdname": format!("fd{}", below(random, 5))})),
+        20 => ("closefd", json!({"fdname": format!("fd{}", below(random, 5))})),
+        _ => ("no-such-command", json!({"a": value})),
+    };
+    let how = if below(random, 10) == 0 { "exec-oob" } else { "execute" };
+    let mut request = json!({how: name, "arguments": arguments});
+    if below(random, 2) == 0 {
+        request["id"] = any_value(random, 2);
+    }
+    request
+}
+
+fn any_value(random: &mut Random, depth: u32) -> Value {
+    match below(random, if depth == 0 { 6 } else { 8 }) {
+        0 => Value::Null,
+        1 => json!(below(random, 2) == 0),
+        2 => json!(random.next() as i64),
+        3 => json!(random.next()),
+        4 => json!(random.fraction() * 1e300),
+        5 => json!(one_of(random, &["", "on", "xbzrle", "64M", "ü\u{0}\u{1f600}", "socket", "%s%n", "'\";"])),
+        6 => (0..below(random, 4)).map(|_| any_value(random, depth - 1)).collect(),
+        _ => {
+            let names = ["transport", "type", "path", "uri", "state", "x", ""];
+            let member = |random: &mut Random| (one_of(random, &names).to_string(), any_value(random, depth - 1));
+            Value::Object((0..below(random, 4)).map(|_| member(random)).collect())
+        }
+    }
+}
+
+/// Bytes that are a command, were one, or never were.
+fn bytes(random: &mut Random) -> Vec<u8> {
+    let mut text = command(random).to_string().into_bytes();
+    match below(random, 10) {
+        // A little of it is changed.
+        0 | 1 => {
+            for _ in 0..=below(random, 4) {
+                let place = below(random, text.len() as u64) as usize;
+                match below(random, 3) {
+                    0 => text[place] = random.next() as u8,
+                    1 => text.insert(place, *one_of(random, b"{}[]\":,\\\x00\xff\n '1")),
+                    _ => drop(text.remove(place)),
+                }
+            }
+        }
+        2 => text.truncate(below(random, text.len() as u64) as usize),
+        3 => text = (0..below(random, 200)).map(|_| random.next() as u8).collect(),
+        4 => {
+            let deep = 1 << below(random, 12);
+            text = [b"{\"execute\":".as_slice(), &vec![*one_of(random, b"[{"); deep]].concat();
+        }
+        5 => {
+            text = format!("{{\"execute\":\"query-name\",\"id\":{}}}", "9".repeat(1 << below(random, 12))).into_bytes()
+        }
+        _ => {}
+    }
+    text.extend(one_of(random, &["\n", "\r\n", "", " "]).bytes());
+    text
+}
+
+struct Client<'a> {
+    path: &'a Path,
+    stream: BufReader<UnixStream>,
+    sent: u64,
+    answers: u64,
+}
+
+impl<'a> Client<'a> {
+    fn connect(path: &'a Path, random: &mut Random) -> Self {
+        // All at once, there may be more than there is room for.
+        let stream = until("a client connects", PATIENCE, || {
+            let mut stream = BufReader::new(UnixStream::connect(path).ok()?);
+            stream.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
+            stream.get_ref().set_write_timeout(Some(PATIENCE)).unwrap();
+            let mut greeting = String::new();
+            stream.read_line(&mut greeting).ok()?;
+            greeting.contains("QMP").then_some(stream)
+        });
+        let client = Self { path, stream, sent: 0, answers: 0 };
+        let enable = if below(random, 2) == 0 { json!(["oob"]) } else { json!([]) };
+        client
+            .write(format!("{}\n", json!({"execute": "qmp_capabilities", "arguments": {"enable": enable}})).as_bytes());
+        client
+    }
+
+    fn again(&mut self, random: &mut Random) {
+        let (sent, answers) = (self.sent, self.answers);
+        *self = Self { sent, answers, ..Self::connect(self.path, random) };
+    }
+
+    /// A client that is cut off, since it did not read, finds that out when it reads.
+    fn write(&self, bytes: &[u8]) {
+        let _ = self.stream.get_ref().write_all(bytes);
+    }
+
+    fn write_with_descriptor(&self, bytes: &[u8]) {
+        let descriptors = [self.stream.get_ref().as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+        let parts = [IoSlice::new(bytes)];
+        let _ = rustix::net::sendmsg(self.stream.get_ref(), &parts, &mut control, SendFlags::NOSIGNAL);
+    }
+
+    /// Whatever was sent before, a command behind a byte 0xFF is answered.
+    fn synchronise(&mut self) {
+        let id = format!("sync-{}", self.sent);
+        self.write(&[0xff]);
+        self.write(format!("{}\n", json!({"execute": "query-name", "id": id})).as_bytes());
+        loop {
+            let mut line = Vec::new();
+            self.stream.read_until(b'\n', &mut line).expect("an answer in time");
+            assert!(!line.is_empty(), "the connection was closed");
+            let answer: Value = serde_json::from_slice(&line).expect("an answer is JSON");
+            self.answers += 1;
+            if answer["id"] == json!(id) {
+                return;
+            }
+        }
+    }
+
+    fn send_some(&mut self, random: &mut Random) {
+        match below(random, 60) {
+            // Gone in the middle of something.
+            0 => {
+                self.write(&bytes(random));
+                self.write(b"{\"execute\": \"query-");
+                self.sent += 1;
+                self.again(random);
+            }
+            // Nothing more comes, and the answers are not waited for.
+            1 => {
+                self.write(b"{\"execute\": \"query-commands\"}");
+                let _ = self.stream.get_ref().shutdown(Shutdown::Write);
+                self.sent += 1;
+                self.again(random);
+            }
+            // More commands than anybody reads the answers to.
+            2 if below(random, 4) == 0 => {
+                let stream = self.stream.get_ref();
+                stream.set_nonblocking(true).unwrap();
+                let line = b"{\"execute\": \"query-qmp-schema\"}\n";
+                let refused = |written: &io::Result<usize>| written.as_ref().is_err();
+                let all = (0..200).map(|_| (&*stream).write(line)).take_while(|written| !refused(written));
+                self.sent += all.count() as u64;
+                self.again(random);
+            }
+            // A line that is too long.
+            3 if below(random, 10) == 0 => {
+                self.synchronise();
+                self.write(b"{\"execute\": \"");
+                self.write(&vec![b'x'; 4 << 20]);
+                self.write(b"\n");
+                self.sent += 1;
+            }
+            4..=6 => {
+                self.write_with_descriptor(&bytes(random));
+                self.sent += 1;
+            }
+            _ => {
+                for _ in 0..=below(random, 20) {
+                    self.write(&bytes(random));
+                    self.sent += 1;
+                }
+            }
+        }
+        self.synchronise();
+    }
+}
+
+/// What a process holds open.
+fn descriptors(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+fn threads(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/task")).unwrap().count()
+}
+
+/// Memory of a process that is not its guest's.
+fn memory_bytes(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap() * 1024
+}
+
+/// Moves the guest to and fro until it is told to end; gives how often.
+fn move_about(machines: &[Machine; 2], end: &AtomicBool) -> u64 {
+    let mut moves = 0;
+    while !end.load(Ordering::Acquire) || moves == 0 {
+        let [from, to] = if moves % 2 == 0 { [&machines[0], &machines[1]] } else { [&machines[1], &machines[0]] };
+        if moves > 0 {
+            to.execute("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"}));
+        }
+        // Others may have asked for another throttle.
+        from.execute("cancel-vcpu-throttle", json!({}));
+        from.migrate(&to.address());
+        until("the guest moves", PATIENCE, || to.is_running().then_some(()));
+        from.completed();
+        moves += 1;
+    }
+    moves
+}
+
+#[test]
+fn ten_clients_of_whom_nothing_good_comes() {
+    let _turn = turn();
+    let begun = Instant::now();
+    let directory = tempfile::tempdir().unwrap();
+    let workload = "pattern=uniform,rate=20M/s,working-set=16M";
+    let machines =
+        [Machine::source(directory.path(), "64M", workload, &[]), Machine::destination(directory.path(), "64M")];
+    let pids = machines.each_ref().map(|machine| {
+        machine.execute("query-status", json!({}));
+        machine.pid()
+    });
+    let before = pids.map(|pid| (descriptors(pid), threads(pid)));
+    let commands = number("DUNLIN_TEST_COMMANDS").unwrap_or(COMMANDS);
+    let mut random = Random::new("hostile clients");
+    let (end, most) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (sent, answers, moves) = thread::scope(|threads| {
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|n| {
+                let mut random = Random::seeded(random.next());
+                let path: &PathBuf = &machines[n as usize % 2].qmp;
+                threads.spawn(move || {
+                    let mut client = Client::connect(path, &mut random);
+                    while client.sent < commands {
+                        client.send_some(&mut random);
+                    }
+                    (client.sent, client.answers)
+                })
+            })
+            .collect();
+        let moving = threads.spawn(|| move_about(&machines, &end));
+        threads.spawn(|| {
+            while !end.load(Ordering::Acquire) {
+                most.fetch_max(pids.map(memory_bytes).into_iter().max().unwrap(), Ordering::Relaxed);
+                thread::sleep(Duration::from_millis(50));
+            }
+        });
+        let counts: Vec<_> = clients.into_iter().map(|client| client.join()).collect();
+        end.store(true, Ordering::Release);
+        let counts = counts.into_iter().map(|count| count.unwrap());
+        let (sent, answers) = counts.fold((0, 0), |(sent, answers), count| (sent + count.0, answers + count.1));
+        (sent, answers, moving.join().unwrap())
+    });
+    let most = most.into_inner();
+    println!("{sent} commands, {answers} answers, {moves} moves, at most {} KiB, {:?}", most >> 10, begun.elapsed());
+    assert!(most < MEMORY_BYTES, "{most} bytes");
+    machines[(moves % 2) as usize].verified();
+    for (machine, before) in machines.iter().zip(before) {
+        for n in 0..5 {
+            let _ = machine.try_execute("closefd", json!({"fdname": format!("fd{n}")}));
+        }
+        let pid = machine.pid();
+        let now = || (descriptors(pid), threads(pid));
+        // What a migration holds is as before: one side waits, the guest's side has none or had one.
+        let settled = until_settled(now);
+        assert!(
+            settled.0 <= before.0 + 8 && settled.1 <= before.1 + 4,
+            "{}: {before:?} before, {settled:?} after",
+            machine.name
+        );
+    }
+}
+
+/// Looks until nothing changes for a while.
+fn until_settled<T: PartialEq>(look: impl Fn() -> T) -> T {
+    let mut last = look();
+    let mut since = Instant::now();
+    while since.elapsed() < Duration::from_millis(500) {
+        thread::sleep(Duration::from_millis(20));
+        let now = look();
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+    }
+    last
+}
