@@ -277,6 +277,28 @@ async def with_the_shell(directory, a, b):
     await verified(b)
 
 
+async def measured(machine):
+    """The service that works without a migration: what is dirtied, and slowing it down."""
+    await machine.refused("GenericError", "50 ms to 60 s", "calc-dirty-rate", calc_time=61)
+    await machine.refused("GenericError", "Parameter 'mode' does not accept value 'x'", "calc-dirty-rate", calc_time=1,
+                          mode="x")
+    await machine.do("calc-dirty-rate", calc_time=200, calc_time_unit="millisecond", mode="dirty-bitmap")
+    await machine.refused("GenericError", "is being measured", "calc-dirty-rate", calc_time=1)
+    while (found := await machine.do("query-dirty-rate", calc_time_unit="millisecond"))["status"] != "measured":
+        same((found["status"], found["calc-time"]), ("measuring", 200))
+        await asyncio.sleep(0.05)
+    same(found["dirty-bytes-per-second"] >> 20, found["dirty-rate"])
+    assert found["dirty-rate"] > 0, found
+    await machine.refused("GenericError", "Parameter 'percentage' expects a value from 0 to 99", "set-vcpu-throttle",
+                          percentage=100)
+    await machine.refused("GenericError", "there is no vCPU 7", "set-vcpu-throttle", percentage=1, cpu_index=7)
+    await machine.do("set-vcpu-throttle", percentage=60)
+    same(await machine.do("query-vcpu-throttle"),
+         [{"cpu-index": 0, "percentage": 60, "set-percentage": 60, "migration-percentage": 0}])
+    await machine.do("cancel-vcpu-throttle", cpu_index=0)
+    same((await machine.do("query-vcpu-throttle"))[0]["percentage"], 0)
+
+
 async def over_tcp(b):
     client = QMPClient("tcp")
     await client.connect(("127.0.0.1", b.port))
@@ -304,6 +326,7 @@ async def main(dunlin, directory):
         same((await b.do("query-status"))["status"], "inmigrate")
         await errors_and_parameters(a)
         await stop_and_cont(a)
+        await measured(a)
         await b.capabilities(events=True)
         await b.do("migrate-incoming", uri="tcp:127.0.0.1:0", exit_on_error=False)
         await b.until(("MIGRATION", "setup"))

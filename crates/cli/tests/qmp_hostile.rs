@@ -40,7 +40,7 @@ fn one_of<'a, T>(random: &mut Random, of: &'a [T]) -> &'a T {
 fn command(random: &mut Random) -> Value {
     let value = any_value(random, 3);
     let n = below(random, 120) as i64 - 10;
-    let (name, arguments) = match below(random, 22) {
+    let (name, arguments) = match below(random, 26) {
         0 => ("query-status", json!({})),
         1 => ("query-migrate", json!({})),
         2 => ("query-migration-report", json!({})),
@@ -61,6 +61,9 @@ fn command(random: &mut Random) -> Value {
         17 => ("migrate-continue", json!({"state": one_of(random, &["active", "none", "postcopy-active", "x"])})),
         18 => ("human-monitor-command", json!({"command-line": format!("info {value}"), "cpu-index": n})),
         19 => ("getfd", json!({"fdname": format!("fd{}", below(random, 5))})),
+        21 => ("query-dirty-rate", json!({"calc-time-unit": one_of(random, &["second", "millisecond", "x"])})),
+        22 => ("calc-dirty-rate", json!({"calc-time": n, "sample-pages": value, "mode": "page-sampling"})),
+        23 => ("calc-dirty-rate", json!({"calc-time": 50, "calc-time-unit": "millisecond", "sample-pages": 300 + n})),
         20 => ("closefd", json!({"fdname": format!("fd{}", below(random, 5))})),
         _ => ("no-such-command", json!({"a": value})),
     };

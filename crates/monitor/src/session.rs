@@ -196,10 +196,12 @@ fn answer(vm: &Vm, human: &Mutex<hmp::Session>, outbox: &Outbox, task: Task) -> 
     // What the command has made happen comes before its reply.
     vm.deliver_events();
     quits &= outcome.is_ok();
+    if quits {
+        vm.events().shutdown(ShutdownCause::HostQmpQuit);
+    }
     let replied = outbox.reply(protocol::line(&protocol::reply(task.id, outcome)));
     if quits {
         // Even if the client is gone before it hears the answer: it did ask.
-        vm.events().shutdown(ShutdownCause::HostQmpQuit);
         outbox.drain(Instant::now() + FAREWELL);
         vm.request_quit();
     }

@@ -4,6 +4,7 @@ mod arguments;
 mod descriptors;
 mod guest;
 pub(crate) mod introspection;
+mod measuring;
 mod migration;
 mod parameters;
 mod throttling;
@@ -86,6 +87,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Command> {
         migration::COMMANDS,
         parameters::COMMANDS,
         throttling::COMMANDS,
+        measuring::COMMANDS,
         descriptors::COMMANDS,
         introspection::COMMANDS,
     ];
