@@ -2,6 +2,7 @@
 //!
 //! Unlike QEMU's, the figures are there on both sides and stay after a failure.
 
+use std::net::IpAddr;
 use std::path::Path;
 
 use dunlin::parameters::Switch;
@@ -170,7 +171,14 @@ fn xbzrle_cache(report: &Report, in_force: &Parameters) -> Value {
 /// QEMU's `SocketAddress`, for the transports that have one.
 fn socket_address(uri: &Uri) -> Option<Value> {
     match uri {
-        Uri::Tcp { host, port } => Some(json!({"type": "inet", "host": host, "port": port.to_string()})),
+        Uri::Tcp { host, port } => {
+            let mut address = json!({"type": "inet", "host": host, "port": port.to_string()});
+            let family = host.parse().map(|ip: IpAddr| if ip.is_ipv4() { "ipv4" } else { "ipv6" });
+            if let (Ok(family), Some(members)) = (family, address.as_object_mut()) {
+                members.insert(family.to_owned(), true.into());
+            }
+            Some(address)
+        }
         Uri::Unix(path) => Some(json!({"type": "unix", "path": path.to_string_lossy()})),
         Uri::Fd(_) | Uri::Exec(_) => None,
     }
@@ -285,7 +293,7 @@ mod tests {
     fn addresses() {
         assert_eq!(migration_info(None, None, &Parameters::default()), json!({}));
         for (uri, address) in [
-            ("tcp:[::1]:4444", json!({"type": "inet", "host": "::1", "port": "4444"})),
+            ("tcp:[::1]:4444", json!({"type": "inet", "host": "::1", "port": "4444", "ipv6": true})),
             ("unix:/a b", json!({"type": "unix", "path": "/a b"})),
         ] {
             let uri: Uri = uri.parse().unwrap();

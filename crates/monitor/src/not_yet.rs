@@ -124,8 +124,6 @@ pub(crate) const SOCKETS: &[NotYet] = &[because("there is no vsock yet", "vsock"
 pub(crate) const INET: &[NotYet] = &[
     because("the port is a number in any case", "numeric"),
     because("a port is one, not a range; port 0 takes any that is free", "to"),
-    because("give an address of the wanted family as the host", "ipv4"),
-    because("give an address of the wanted family as the host", "ipv6"),
     because("links have a watch of their own, see link-timeout", "keep-alive"),
     because("there is no multipath TCP yet", "mptcp"),
 ];

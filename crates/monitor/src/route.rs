@@ -1,6 +1,7 @@
 //! Which way a migration goes, as clients say it: QEMU's URIs and its structured form. Beside the engine's addresses
 //! these can name a descriptor that came with `getfd`.
 
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use dunlin::{Uri, UriError};
@@ -60,12 +61,7 @@ impl Route {
         let text = |name| address.required(name);
         let uri = match (text("transport"), text("type")) {
             ("exec", _) => Uri::Exec(command(address.list("args"))?),
-            (_, "inet") => {
-                let port = text("port")
-                    .parse()
-                    .map_err(|_| Refusal::generic("Parameter 'port' expects a number from 0 to 65535, as text"))?;
-                Uri::Tcp { host: text("host").to_owned(), port }
-            }
+            (_, "inet") => Uri::Tcp { host: host(address)?, port: port(text("port"))? },
             (_, "unix") if text("path").is_empty() => {
                 return Err(Refusal::generic("Parameter 'path' must not be empty"));
             }
@@ -74,6 +70,25 @@ impl Route {
         };
         Ok(Self::Address(uri))
     }
+}
+
+fn port(text: &str) -> Result<u16, Refusal> {
+    text.parse().map_err(|_| Refusal::generic("Parameter 'port' expects a number from 0 to 65535, as text"))
+}
+
+/// The host, if it is of the families asked for: which is what QEMU's clients say of an address that it gave them.
+fn host(address: Arguments<'_>) -> Result<String, Refusal> {
+    let host = address.required("host");
+    let may_be = |family: &str, other: &str| address.is_true(family) || !address.has(family) && !address.is_true(other);
+    let (v4, v6) = (may_be("ipv4", "ipv6"), may_be("ipv6", "ipv4"));
+    let fits = match host.parse() {
+        Ok(IpAddr::V4(_)) => v4,
+        Ok(IpAddr::V6(_)) => v6,
+        Err(_) => v4 && v6,
+    };
+    let wrong =
+        || Refusal::generic(format_args!("Parameter 'host' expects an address of the wanted family, not '{host}'"));
+    if fits { Ok(host.to_owned()) } else { Err(wrong()) }
 }
 
 fn no_main() -> Refusal {
@@ -109,6 +124,10 @@ mod tests {
         for (arguments, wanted) in [
             (json!({"uri": "tcp:a:1"}), "tcp:a:1"),
             (channel(json!({"transport": "socket", "type": "inet", "host": "::1", "port": "1"})), "tcp:[::1]:1"),
+            (
+                channel(json!({"transport": "socket", "type": "inet", "host": "1.2.3.4", "port": "0", "ipv4": true})),
+                "tcp:1.2.3.4:0",
+            ),
             (channel(json!({"transport": "socket", "type": "unix", "path": "/a b"})), "unix:/a b"),
             (channel(json!({"transport": "socket", "type": "fd", "str": "7"})), "fd:7"),
             (channel(json!({"transport": "exec", "args": ["/bin/sh", "-c", "nc a 1"]})), "exec:nc a 1"),
@@ -127,6 +146,10 @@ mod tests {
             (json!({"uri": "tcp:a:1", "channels": []}), "need either 'uri' or 'channels' argument"),
             (json!({"channels": []}), "Channel list has no main entry"),
             (json!({"channels": [one, one]}), "Channel list must have only one entry, for type 'main'"),
+            (
+                channel(json!({"transport": "socket", "type": "inet", "host": "name", "port": "0", "ipv4": true})),
+                "Parameter 'host' expects an address of the wanted family, not 'name'",
+            ),
             (channel(json!({"transport": "exec", "args": []})), "Parameter 'args' must name a command"),
             (
                 channel(json!({"transport": "socket", "type": "inet", "host": "a", "port": "x"})),

@@ -136,7 +136,12 @@ pub(crate) static SOCKET_ADDRESS: Object = Object {
 
 static INET: Object = Object {
     name: "InetSocketAddress",
-    members: List::These(&[required("host", Type::Str), required("port", Type::Str)]),
+    members: List::These(&[
+        required("host", Type::Str),
+        required("port", Type::Str),
+        optional("ipv4", Type::Bool),
+        optional("ipv6", Type::Bool),
+    ]),
     variants: None,
     not_yet: not_yet::INET,
 };
