@@ -86,8 +86,7 @@ fn dialogue(source: &Path, destination: &Path, wanted: impl Fn(&Value) -> bool) 
     for step in steps().iter().filter(|step| wanted(step)) {
         let name = step["step"].as_str().unwrap();
         let side = sides.get_mut(step["to"].as_str().unwrap()).unwrap();
-        let mut differ =
-            |sign: char, place: &str| differences.extend([(name.to_owned(), format!("{sign}{place}"))]);
+        let mut differ = |sign: char, place: &str| differences.extend([(name.to_owned(), format!("{sign}{place}"))]);
         if step.get("with").is_some() {
             // What came before has nothing to do with this.
             side.events.clear();

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Read};
-use std::net::TcpStream;
+use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -93,6 +93,21 @@ impl Read for Socket {
     }
 }
 
+/// Connects to the first of the host's addresses that answers.
+fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
+    let mut failed = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    for address in (host, port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, TIMEOUT) {
+            Ok(stream) => {
+                stream.set_nodelay(true)?;
+                return Ok(stream);
+            }
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
+}
+
 impl Client {
     /// Connects to `address`, which may be a path, and negotiates.
     ///
@@ -102,10 +117,7 @@ impl Client {
         let address = address.into();
         let connected = match &address {
             Address::Unix(path) => UnixStream::connect(path).map(OwnedFd::from),
-            Address::Tcp { host, port } => TcpStream::connect((host.as_str(), *port)).and_then(|stream| {
-                stream.set_nodelay(true)?;
-                Ok(stream.into())
-            }),
+            Address::Tcp { host, port } => connect_tcp(host, *port).map(OwnedFd::from),
         };
         let socket = connected.map_err(|source| ClientError::Connect { address: address.clone(), source })?;
         let mut client = Self {

@@ -24,11 +24,11 @@ pub enum DescriptorError {
     },
 }
 
-/// The descriptors that are kept, and those that a migration uses and has not connected by yet.
+/// The descriptors that are kept, and the one that a migration uses and has not connected by yet.
 #[derive(Debug, Default)]
 pub(crate) struct Descriptors {
     named: Mutex<BTreeMap<String, OwnedFd>>,
-    in_use: Mutex<Vec<OwnedFd>>,
+    in_use: Mutex<Option<OwnedFd>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -54,14 +54,15 @@ impl Descriptors {
         lock(&self.named).remove(name).ok_or_else(|| DescriptorError::NotFound { name: name.to_owned() })
     }
 
-    /// Keeps one open that a migration is about to connect by.
+    /// Keeps one open that a migration is about to connect by. There is only one at a time: what an earlier one had is
+    /// closed.
     pub(crate) fn use_for_migration(&self, descriptor: OwnedFd) {
-        lock(&self.in_use).push(descriptor);
+        *lock(&self.in_use) = Some(descriptor);
     }
 
-    /// Closes those that migrations have connected by: these have duplicates of their own.
+    /// Closes the one that a migration has connected by: it has a duplicate of its own.
     pub(crate) fn release_used(&self) {
-        lock(&self.in_use).clear();
+        *lock(&self.in_use) = None;
     }
 }
 

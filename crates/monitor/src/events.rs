@@ -13,7 +13,7 @@ use dunlin::parameters::Switch;
 use dunlin::{Guest, GuestEvent, Status};
 use serde_json::{Value, json};
 
-use crate::outbox::Outbox;
+use crate::outbox::{Gone, Outbox};
 use crate::protocol;
 use crate::schema::{Enum, Object, Type, required};
 use crate::types::MIGRATION_STATUS;
@@ -107,10 +107,14 @@ impl Events {
         self.migration.store(on == Switch::On, Ordering::Release);
     }
 
-    /// Tells `outbox`'s client of everything from here on.
-    pub(crate) fn listen(&self, outbox: &Arc<Outbox>) {
+    /// Sends `outbox`'s client `reply`, and everything that happens from there on.
+    pub(crate) fn listen(&self, outbox: &Arc<Outbox>, reply: Vec<u8>) -> Result<(), Gone> {
+        // Nobody may be waited for with the listeners locked.
+        outbox.make_room()?;
         let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        outbox.reply_now(reply)?;
         listeners.push(Arc::downgrade(outbox));
+        Ok(())
     }
 
     /// Delivers what has happened until now. Never waits for a client.

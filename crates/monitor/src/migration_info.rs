@@ -258,7 +258,7 @@ mod tests {
         let mut report = report();
         report.status = Status::Failed;
         report.downtime_seconds = 0.0106;
-        report.downtime_parts = Some(DowntimeParts::default());
+        report.downtime_parts = Some(DowntimeParts { ram_seconds: 0.001, ..Default::default() });
         report.error = Some(ErrorReport {
             message: "source, handover: cancelled".to_owned(),
             side: Side::Source,

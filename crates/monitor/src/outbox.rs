@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::net::{SendFlags, Shutdown};
+use rustix::net::{AddressFamily, SendFlags, Shutdown};
 
 /// A reply waits while more than this is waiting.
 const REPLIES_BYTES: usize = 256 << 10;
@@ -49,16 +49,38 @@ impl Outbox {
         &self.socket
     }
 
+    /// Whether the client is on this host for sure.
+    pub(crate) fn is_local(&self) -> bool {
+        rustix::net::sockopt::socket_domain(&self.socket).is_ok_and(|domain| domain == AddressFamily::UNIX)
+    }
+
+    /// Whether the client is gone, or has been disconnected.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.waiting().closed
+    }
+
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits until there is room for a reply.
+    pub(crate) fn make_room(&self) -> Result<(), Gone> {
+        if self.room().closed { Err(Gone) } else { Ok(()) }
+    }
+
     /// Adds a reply, when there is room.
     pub(crate) fn reply(&self, line: Vec<u8>) -> Result<(), Gone> {
+        self.add(&mut self.room(), line)
+    }
+
+    /// Adds a reply, for which there is room.
+    pub(crate) fn reply_now(&self, line: Vec<u8>) -> Result<(), Gone> {
+        self.add(&mut self.waiting(), line)
+    }
+
+    fn room(&self) -> MutexGuard<'_, Waiting> {
         let full = |waiting: &mut Waiting| !waiting.closed && waiting.bytes > REPLIES_BYTES;
-        let waiting = self.changed.wait_while(self.waiting(), full);
-        let mut waiting = waiting.unwrap_or_else(PoisonError::into_inner);
-        self.add(&mut waiting, line)
+        self.changed.wait_while(self.waiting(), full).unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Adds an event, or disconnects the client if there is no room.

@@ -26,6 +26,8 @@ use crate::vm::Vm;
 const QUEUED: usize = 8;
 /// How long the reply to `quit` may take to reach its client.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How long a client that sends no more may take to read what it has asked for.
+const LAST_READ: Duration = Duration::from_secs(30);
 /// Bytes that are read at once.
 const READ_BYTES: usize = 16 << 10;
 
@@ -38,8 +40,10 @@ pub(crate) fn serve(outbox: &Arc<Outbox>, vm: &Vm) -> io::Result<()> {
     thread::scope(|threads| {
         thread::Builder::new().name("qmp-writer".to_owned()).spawn_scoped(threads, || outbox.write_all())?;
         let outcome = read_all(outbox, vm, &human, threads);
-        // Everything is answered, and may take its time to be read.
+        // Everything is answered, and may take some time to be read.
         outbox.finish();
+        outbox.drain(Instant::now() + LAST_READ);
+        outbox.close();
         outcome
     })
 }
@@ -120,6 +124,8 @@ impl Session<'_, '_> {
 
     /// Before the negotiation, nothing else is carried out.
     fn negotiate(&mut self, task: Task) -> Result<(), Gone> {
+        // A browser can be made to send a machine's commands behind the lines of its own protocol.
+        let gives_up = task.request.is_err() && !self.outbox.is_local();
         let outcome = task.request.and_then(|request| match request.command.as_str() {
             commands::NEGOTIATE => commands::negotiate(&request.arguments),
             _ => Err(Refusal::not_found("Expecting capabilities negotiation with 'qmp_capabilities'")),
@@ -135,11 +141,12 @@ impl Session<'_, '_> {
             Ok(Value::Object(serde_json::Map::new()))
         });
         let negotiated = outcome.is_ok();
-        self.outbox.reply(protocol::line(&protocol::reply(task.id, outcome)))?;
+        let reply = protocol::line(&protocol::reply(task.id, outcome));
         if negotiated {
-            self.vm.events().listen(self.outbox);
+            return self.vm.events().listen(self.outbox, reply);
         }
-        Ok(())
+        self.outbox.reply(reply)?;
+        if gives_up { Err(Gone) } else { Ok(()) }
     }
 }
 
@@ -158,10 +165,12 @@ impl<'scope> Worker<'scope> {
         threads: &'scope Scope<'scope, 'env>,
     ) -> io::Result<Self> {
         let (queue, tasks) = mpsc::sync_channel::<Task>(QUEUED);
-        // A client that is gone is answered no more; what it asked for is done all the same.
+        // What a client that is gone has asked for is not done any more, but for what is being done.
         let run = move || {
             for task in tasks {
-                let _ = answer(vm, human, outbox, task);
+                if !outbox.is_closed() {
+                    let _ = answer(vm, human, outbox, task);
+                }
             }
         };
         let thread = thread::Builder::new().name("qmp-worker".to_owned()).spawn_scoped(threads, run)?;

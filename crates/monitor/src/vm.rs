@@ -4,6 +4,7 @@
 //! other. `state` is held only to look at or exchange what is in it, so that a query never waits for a command.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -120,6 +121,15 @@ pub enum VmError {
     /// The machine has no way to check itself.
     #[error("this machine cannot verify itself")]
     CannotVerify,
+    /// The guest can be asked for only where it was released to.
+    #[error("the guest was released to {to}: it can be asked for only there; leave the address out")]
+    ResumesElsewhere {
+        /// Where it was released to.
+        to: Uri,
+    },
+    /// Nothing is begun any more.
+    #[error("this machine's process is ending")]
+    Ending,
     /// Checking failed.
     #[error("could not verify the guest: {0}")]
     Verify(MachineError),
@@ -149,6 +159,8 @@ pub struct Vm {
     guest: Arc<Guest>,
     verifier: Option<Box<dyn Verify>>,
     commands: Mutex<()>,
+    /// Nothing is begun any more.
+    ending: AtomicBool,
     state: Mutex<State>,
     quit: Mutex<bool>,
     quit_changed: Condvar,
@@ -176,6 +188,7 @@ impl Vm {
             guest,
             verifier,
             commands: Mutex::new(()),
+            ending: AtomicBool::new(false),
             state: Mutex::new(State {
                 parameters: Parameters::default(),
                 latest: Latest::None,
@@ -214,6 +227,12 @@ impl Vm {
         if self.report().is_none_or(|report| report.status != Status::Setup) {
             self.descriptors.release_used();
         }
+    }
+
+    /// For a command that begins something, until its end.
+    fn begin(&self) -> Result<MutexGuard<'_, ()>, VmError> {
+        let one_at_a_time = lock(&self.commands);
+        if self.ending.load(Ordering::Acquire) { Err(VmError::Ending) } else { Ok(one_at_a_time) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -321,7 +340,7 @@ impl Vm {
     /// # Errors
     /// As for [`migrate`](Self::migrate), and when there is no such descriptor.
     pub fn migrate_by(&self, route: Route) -> Result<(), VmError> {
-        let _one_at_a_time = lock(&self.commands);
+        let _one_at_a_time = self.begin()?;
         self.by(route, |uri| {
             let parameters = self.parameters();
             let source = Arc::new(Source::start(&self.guest, uri, &parameters)?);
@@ -357,13 +376,17 @@ impl Vm {
         }
     }
 
-    /// Tries again to reach the destination of a released guest.
+    /// Tries again to reach the destination of a released guest, which is where it was released to: if `route` says where,
+    /// it must say that.
     ///
     /// # Errors
-    /// When there is no such guest.
-    pub fn reconnect(&self) -> Result<(), VmError> {
-        let _one_at_a_time = lock(&self.commands);
+    /// When there is no such guest, or it was released to another address.
+    pub fn reconnect(&self, route: Option<&Route>) -> Result<(), VmError> {
+        let _one_at_a_time = self.begin()?;
         match self.latest() {
+            Latest::Outgoing(source) if route.is_some_and(|route| *route != source.uri().into()) => {
+                Err(VmError::ResumesElsewhere { to: source.uri().clone() })
+            }
             Latest::Outgoing(source) => Ok(source.reconnect()?),
             _ => Err(VmError::NothingToResume),
         }
@@ -382,7 +405,7 @@ impl Vm {
     /// # Errors
     /// As for [`listen`](Self::listen), and when there is no such descriptor.
     pub fn listen_at(&self, route: Route) -> Result<(), VmError> {
-        let _one_at_a_time = lock(&self.commands);
+        let _one_at_a_time = self.begin()?;
         self.by(route, |uri| {
             let parameters = self.parameters();
             if self.guest.ownership() == Ownership::Gone {
@@ -460,6 +483,7 @@ impl Vm {
     /// # Errors
     /// When it is not this side's to run, or does not start.
     pub fn cont(&self) -> Result<(), VmError> {
+        let _one_at_a_time = self.begin()?;
         Ok(self.guest.cont()?)
     }
 
@@ -468,7 +492,7 @@ impl Vm {
     /// # Errors
     /// When nothing is undecided.
     pub fn take_back(&self) -> Result<(), VmError> {
-        let _one_at_a_time = lock(&self.commands);
+        let _one_at_a_time = self.begin()?;
         match self.latest() {
             Latest::Outgoing(source) => Ok(source.take_back()?),
             Latest::Incoming(destination) => Ok(destination.take_over()?),
@@ -513,6 +537,9 @@ impl Vm {
     /// Ends a migration out and waits for that, but not longer than `timeout`, then pauses the guest if it is here.
     /// Gives the report of what was ended.
     pub fn shut_down(&self, timeout: Duration) -> Option<Report> {
+        // Nothing is begun after this, and what was being begun is.
+        self.ending.store(true, Ordering::Release);
+        drop(lock(&self.commands));
         let deadline = Instant::now() + timeout;
         let running = |report: &Report| !report.status.is_final() && report.status != Status::None;
         let ended = match self.latest() {

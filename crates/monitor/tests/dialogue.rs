@@ -188,7 +188,7 @@ fn errors_name_what_is_wrong() {
         (r#"[]"#, "GenericError", "QMP input must be a JSON object"),
         (r#"{"execute": "x-verify"}"#, "GenericError", "this machine cannot verify itself"),
         (
-            r#"{"execute": "migrate", "arguments": {"uri": "", "resume": true}}"#,
+            r#"{"execute": "migrate", "arguments": {"uri": "tcp:a:1", "resume": true}}"#,
             "GenericError",
             "there is no outgoing migration to resume; start one without 'resume'",
         ),
@@ -380,4 +380,23 @@ fn many_clients() {
     // The end does not wait for clients that stay.
     drop(served.server.take());
     assert!(clients.iter_mut().all(|client| client.wait_until_closed(Duration::from_secs(5))));
+}
+
+/// A page in a browser can have it send lines to any port of its host: what does not speak QMP from its first line on is
+/// not listened to on the network.
+#[test]
+fn another_protocol_over_the_network() {
+    let vm = Vm::new(Guest::new(tiny()), None);
+    let server = Server::start(dunlin_monitor::parse_address("tcp:127.0.0.1:0").unwrap(), &vm).unwrap();
+    let address = server.address().to_string();
+    let mut stream = std::net::TcpStream::connect(address.strip_prefix("tcp:").unwrap()).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let commands = r#"{"execute": "qmp_capabilities"} {"execute": "cont"}"#;
+    let request = format!("POST / HTTP/1.1\r\nContent-Length: {}\r\n\r\n{commands}", commands.len());
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut said = String::new();
+    std::io::Read::read_to_string(&mut stream, &mut said).unwrap();
+    assert_eq!(said.matches("JSON parse error").count(), 1, "{said}");
+    assert!(!said.contains("return"), "{said}");
+    assert!(!vm.run_state().is_running());
 }

@@ -97,10 +97,19 @@ struct Asking {
 
 impl Asking {
     fn run(mut self, pace: Pace) {
+        let mut failed_before = false;
         loop {
             let begun = Instant::now();
             let news = match look(&mut self.client) {
-                Ok(news) => news,
+                Ok(news) => {
+                    failed_before = false;
+                    news
+                }
+                // A machine that answers, but not so that it can be understood, will not do better.
+                Err(error) if std::mem::replace(&mut failed_before, true) => {
+                    let _ = self.sender.send(News::Lost(terminal::one_line(&error)));
+                    return;
+                }
                 Err(error) => match Client::connect(&self.address) {
                     Ok(client) => {
                         self.client = client;

@@ -341,6 +341,11 @@ impl Source {
         Ok(())
     }
 
+    /// Where it goes.
+    pub fn uri(&self) -> &Uri {
+        &self.shared.uri
+    }
+
     /// Has a migration go on that waits in `waiting_in`; it may only be [`Status::PreSwitchover`].
     ///
     /// # Errors

@@ -17,7 +17,8 @@ pub(super) static COMMANDS: &[Command] = &[
     Command {
         name: "migrate",
         help: "Starts a migration to `uri`, or to the one main entry of `channels`; returns at once, so `detach` says \
-               nothing. `resume` asks again for a guest that was released and not heard of.",
+               nothing. `resume` asks again for a guest that \
+               was released and not heard of, where it was released to.",
         takes: &MIGRATE,
         gives: NOTHING,
         oob: Oob::Refused,
@@ -104,7 +105,9 @@ static MIGRATE_CONTINUE: Object = Object::of("MigrateContinue", &[required("stat
 fn migrate(call: Call<'_>) -> Result<Value, Refusal> {
     let arguments = call.arguments();
     if arguments.is_true("resume") {
-        return done(call.vm.reconnect());
+        let says_where = arguments.has("uri") || arguments.has("channels");
+        let route = if says_where { Some(Route::of_arguments(arguments)?) } else { None };
+        return done(call.vm.reconnect(route.as_ref()));
     }
     done(call.vm.migrate_by(Route::of_arguments(arguments)?))
 }

@@ -1,25 +1,28 @@
 //! Commands that start, end and steer a migration, and the guest.
 
-use dunlin::{Status, Uri};
+use dunlin::Status;
 
 use super::error::HmpError;
 use super::table::Given;
+use crate::route::Route;
 use crate::vm::Vm;
 
 /// Starts a migration. It never waits for the end: that is for whoever sent the line (`dunlin monitor` does).
 pub(super) fn migrate(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
     if given.has("-r") {
-        vm.reconnect()?;
+        let route = given.word(0).map(str::parse).transpose()?;
+        vm.reconnect(route.as_ref())?;
         return Ok("asking for the guest again; `info migrate` tells how it goes\n".to_owned());
     }
-    let uri = uri(given)?;
-    vm.migrate(&uri)?;
+    let (uri, route) = route(given)?;
+    vm.migrate_by(route)?;
     Ok(format!("migrating to {uri}; `info migrate` tells how it goes\n"))
 }
 
-fn uri(given: &Given<'_>) -> Result<Uri, HmpError> {
+fn route<'a>(given: &'a Given<'_>) -> Result<(&'a str, Route), HmpError> {
     let missing = || HmpError::Missing { missing: "URI", usage: given.command.usage() };
-    Ok(given.word(0).ok_or_else(missing)?.parse()?)
+    let uri = given.word(0).ok_or_else(missing)?;
+    Ok((uri, uri.parse()?))
 }
 
 pub(super) fn cancel(vm: &Vm, _: &Given<'_>) -> Result<String, HmpError> {
@@ -28,9 +31,9 @@ pub(super) fn cancel(vm: &Vm, _: &Given<'_>) -> Result<String, HmpError> {
 }
 
 pub(super) fn incoming(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
-    let uri = uri(given)?;
-    vm.listen(&uri)?;
-    let uri = vm.listening_on().unwrap_or(uri);
+    let (uri, route) = route(given)?;
+    vm.listen_at(route)?;
+    let uri = vm.listening_on().map_or_else(|| uri.to_owned(), |uri| uri.to_string());
     Ok(format!("waiting for a migration on {uri}\n"))
 }
 
