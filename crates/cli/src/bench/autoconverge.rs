@@ -153,11 +153,8 @@ impl Rig {
             thread::sleep(Duration::from_millis(2));
         }
         let (took, after) = (began.elapsed(), subject.steps()?);
-        if source.report().status.is_final() {
-            // It has come, or something is wrong.
-        } else {
-            source.cancel()?;
-        }
+        // That is no error where it has come meanwhile.
+        source.cancel()?;
         let report = source.wait();
         let converged = report.status == Status::Completed;
         match report.status {
@@ -165,9 +162,9 @@ impl Rig {
             Status::Cancelled => drop(receiver),
             _ => bail!("{}", report.error.map_or_else(|| report.status.to_string(), |error| error.message)),
         }
-        let parts: Vec<f64> =
-            speeds(&before, &after, took).iter().zip(&reference).map(|(now, then)| now / then.max(1e-9)).collect();
-        let all: f64 = speeds(&before, &after, took).iter().sum::<f64>() / reference.iter().sum::<f64>().max(1e-9);
+        let speeds = speeds(&before, &after, took);
+        let parts: Vec<f64> = speeds.iter().zip(&reference).map(|(now, then)| now / then.max(1e-9)).collect();
+        let all = speeds.iter().sum::<f64>() / reference.iter().sum::<f64>().max(1e-9);
         let others = parts.iter().skip(1).copied().reduce(f64::min);
         let mixed = job.contains("others=");
         let most = report.max_vcpu_throttle_percent.iter().max().copied().unwrap_or(0);
@@ -176,7 +173,7 @@ impl Rig {
             Some(took.as_secs_f64()),
             Some(f64::from(report.rounds_ended())),
             Some(f64::from(most)),
-            Some((1.0 - all) * took.as_secs_f64()),
+            Some((1.0 - all).max(0.0) * took.as_secs_f64()),
             Some(all),
             others.filter(|_| mixed),
             converged.then_some(report.downtime_seconds),
