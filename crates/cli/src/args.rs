@@ -251,7 +251,7 @@ pub struct Demo {
     #[arg(long, value_name = "MODEL", default_value_t = CpuModel::default())]
     #[cfg(target_arch = "x86_64")]
     pub cpu: CpuModel,
-    /// The guest of a machine on KVM: `counter`, `dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s`, `io`, `timer:hz=N`,
+    /// The guest of a machine on KVM: `counter`, `dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s,others=BYTES/s`, `io`, `timer:hz=N`,
     /// or several joined by `+` [default: dirty:working-set=16M, or a quarter of a small memory].
     #[arg(long, value_name = "SPEC", value_parser = payload)]
     pub payload: Option<Payload>,
@@ -260,7 +260,7 @@ pub struct Demo {
     #[arg(long, value_name = "auto|log|ring", value_parser = dirty_tracker)]
     pub dirty_tracker: Option<DirtyTracking>,
     /// What the guest does: `idle`, or
-    /// `pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,working-set=SIZE,content=random|text|sparse|counter`
+    /// `pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,others=BYTES/s,working-set=SIZE,content=random|text|sparse|counter`
     /// [default: pattern=uniform,rate=100M/s,working-set=128M,content=random].
     #[arg(long, value_name = "SPEC", value_parser = workload)]
     pub workload: Option<Workload>,
@@ -342,7 +342,7 @@ pub struct Run {
     #[arg(long, value_name = "MODEL", default_value_t = CpuModel::default())]
     #[cfg(target_arch = "x86_64")]
     pub cpu: CpuModel,
-    /// The guest of a machine on KVM: `counter`, `dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s`, `io`, `timer:hz=N`,
+    /// The guest of a machine on KVM: `counter`, `dirty:working-set=SIZE,stride=SIZE,rate=BYTES/s,others=BYTES/s`, `io`, `timer:hz=N`,
     /// or several joined by `+` [default: counter]. Comes with the guest if it comes in.
     #[arg(long, value_name = "SPEC", value_parser = payload)]
     pub payload: Option<Payload>,
@@ -360,7 +360,7 @@ pub struct Run {
     #[arg(long, value_name = "PATH", requires = "kernel")]
     pub initrd: Option<PathBuf>,
     /// What the guest does: `idle`, or
-    /// `pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,working-set=SIZE,content=random|text|sparse|counter`
+    /// `pattern=uniform|sequential|zipf|hotcold,rate=BYTES/s,others=BYTES/s,working-set=SIZE,content=random|text|sparse|counter`
     /// [default: idle]. Comes with the guest if it comes in.
     #[arg(long, value_name = "SPEC", value_parser = workload)]
     pub workload: Option<Workload>,

@@ -88,16 +88,19 @@ fn track(
     for (index, (block, bitmap)) in blocks.iter().zip(&before).enumerate() {
         tracker.rearm(index, 0..block.size_bytes(), bitmap)?;
     }
-    // A block is seen from when it was re-armed to when it is looked at: both take about as long for each.
+    // Both take their time where there is much RAM: on the average a page is exposed from the middle of the re-arming to
+    // that of the look.
+    let began = began + began.elapsed() / 2;
     let dirtied = || machine.vcpus().and_then(Vcpus::dirtied).filter(|_| mode == DirtyRateMode::DirtyRing);
     let dirtied_before = dirtied();
     if !wait(calc_time, gone) {
         return Ok(None);
     }
-    let took = began.elapsed();
+    let looked = Instant::now();
     for (index, bitmap) in after.iter().enumerate() {
         tracker.sync(index, bitmap)?;
     }
+    let took = (looked + looked.elapsed() / 2).saturating_duration_since(began);
     let bytes = after.iter().map(DirtyBitmap::count).fold(0, u64::saturating_add).saturating_mul(PAGE_SIZE);
     let bytes_per_second = a_second(bytes, took);
     let vcpus = dirtied_before.zip(dirtied()).map(|(before, after)| {
