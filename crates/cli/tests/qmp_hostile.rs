@@ -329,6 +329,29 @@ fn ten_clients_of_whom_nothing_good_comes() {
     }
 }
 
+/// It is refused once, without being kept, and the next command is answered.
+#[test]
+fn a_line_of_a_hundred_megabytes() {
+    let _turn = turn();
+    let directory = tempfile::tempdir().unwrap();
+    let machine = Machine::source(directory.path(), "16M", "idle", &[]);
+    machine.execute("query-status", json!({}));
+    let before = memory_bytes(machine.pid());
+    let mut client = Client::connect(&machine.qmp, &mut Random::seeded(0));
+    client.synchronise();
+    let answers = client.answers;
+    client.write(b"{\"execute\": \"");
+    for _ in 0..100 {
+        client.write(&vec![b'x'; 1 << 20]);
+    }
+    let most = memory_bytes(machine.pid());
+    client.write(b"\"}\n");
+    client.synchronise();
+    // Of the line, of the byte 0xFF, and of the command.
+    assert_eq!(client.answers - answers, 3);
+    assert!(most < before + (8 << 20), "{before} before, {most} then");
+}
+
 /// Looks until nothing changes for a while.
 fn until_settled<T: PartialEq>(look: impl Fn() -> T) -> T {
     let mut last = look();

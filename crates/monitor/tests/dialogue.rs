@@ -2,103 +2,18 @@
 
 // Clippy's exception for tests does not reach the functions that they call.
 #![allow(clippy::unwrap_used)]
+#![allow(dead_code, reason = "each test binary uses a part of what is common")]
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::sync::{Arc, mpsc};
+mod common;
+
+use std::os::unix::net::UnixListener;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use dunlin::machine::{Machine, MachineError, StateSection};
-use dunlin::memory::{DirtyTracker, Ram};
+use common::{Raw, serve, serve_tiny, tiny};
 use dunlin::{Guest, PARAMETERS};
 use dunlin_monitor::{Client, ClientError, Server, ServerError, Verification, Vm};
 use serde_json::{Value, json};
-
-struct Tiny {
-    ram: Ram,
-}
-
-impl Machine for Tiny {
-    fn ram(&self) -> &Ram {
-        &self.ram
-    }
-    fn dirty_tracker(&self) -> Result<Box<dyn DirtyTracker>, MachineError> {
-        Err("it has nothing to track".into())
-    }
-    fn profile(&self) -> Vec<u8> {
-        Vec::new()
-    }
-    fn accept_profile(&self, _: &[u8]) -> Result<(), MachineError> {
-        Ok(())
-    }
-    fn pause(&self) -> Result<(), MachineError> {
-        Ok(())
-    }
-    fn resume(&self) -> Result<(), MachineError> {
-        Ok(())
-    }
-    fn save(&self) -> Result<Vec<StateSection>, MachineError> {
-        Ok(Vec::new())
-    }
-    fn load(&self, _: Vec<StateSection>) -> Result<(), MachineError> {
-        Ok(())
-    }
-}
-
-fn tiny() -> Arc<dyn Machine> {
-    Arc::new(Tiny { ram: Ram::new(Vec::new()).unwrap() })
-}
-
-struct Served {
-    server: Option<Server>,
-    vm: Arc<Vm>,
-    path: PathBuf,
-    _directory: tempfile::TempDir,
-}
-
-fn serve(vm: Arc<Vm>) -> Served {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("qmp");
-    let server = Some(Server::start(&path, &vm).unwrap());
-    Served { server, vm, path, _directory: directory }
-}
-
-fn serve_tiny() -> Served {
-    serve(Vm::new(Guest::new(tiny()), None))
-}
-
-struct Raw(BufReader<UnixStream>);
-
-impl Raw {
-    fn connect(served: &Served) -> Self {
-        let stream = UnixStream::connect(&served.path).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        Self(BufReader::new(stream))
-    }
-
-    fn negotiated(served: &Served) -> Self {
-        let mut raw = Self::connect(served);
-        raw.line();
-        assert_eq!(raw.ask(r#"{"execute": "qmp_capabilities"}"#), json!({"return": {}}));
-        raw
-    }
-
-    fn write(&self, text: &str) {
-        let _ = self.0.get_ref().write_all(text.as_bytes());
-    }
-
-    fn line(&mut self) -> Value {
-        let mut line = String::new();
-        self.0.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).unwrap()
-    }
-
-    fn ask(&mut self, text: &str) -> Value {
-        self.write(&format!("{text}\n"));
-        self.line()
-    }
-}
 
 fn error(class: &str, desc: &str) -> Value {
     json!({"error": {"class": class, "desc": desc}})
