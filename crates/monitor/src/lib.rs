@@ -19,6 +19,9 @@ mod events;
 mod framing;
 pub mod hmp;
 mod input;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 mod json;
 pub mod metrics;
 mod migration_info;

@@ -96,6 +96,11 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Command> {
 
 /// Carries out a command.
 pub(crate) fn execute(call: Call<'_>, name: &str, band: Band) -> Result<Value, Refusal> {
+    (check(name, band, &call.arguments)?.run)(call)
+}
+
+/// The command of that name, if it may be carried out so.
+pub(crate) fn check(name: &str, band: Band, arguments: &Map<String, Value>) -> Result<&'static Command, Refusal> {
     let command = all().find(|command| command.name == name).ok_or_else(|| {
         let why = schema::reason(not_yet::COMMANDS, name);
         Refusal::not_found(format_args!("The command {name} has not been found{why}"))
@@ -103,8 +108,8 @@ pub(crate) fn execute(call: Call<'_>, name: &str, band: Band) -> Result<Value, R
     if band == Band::OutOf && command.oob == Oob::Refused {
         return Err(Refusal::generic(format_args!("The command {name} does not support OOB")));
     }
-    command.takes.check_arguments(&call.arguments)?;
-    (command.run)(call)
+    command.takes.check_arguments(arguments)?;
+    Ok(command)
 }
 
 /// Whether the process ends after this command, if it is carried out.
