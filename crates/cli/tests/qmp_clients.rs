@@ -3,8 +3,9 @@
 // Clippy's exception for tests does not reach the functions that they call.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// The repository.
 fn root() -> PathBuf {
@@ -45,4 +46,33 @@ fn qemu_qmp_drives_whole_migrations() {
         said(&outcome.stdout),
         said(&outcome.stderr)
     );
+}
+
+/// The `dunlin` command reaches a machine at a TCP port as well.
+#[test]
+fn our_own_commands_over_tcp() {
+    let dunlin = env!("CARGO_BIN_EXE_dunlin");
+    let directory = tempfile::tempdir().unwrap();
+    let unix = format!("unix:{}", directory.path().join("qmp").display());
+    let mut machine = Command::new(dunlin)
+        .args(["run", "--memory", "16M", "--qmp", &unix, "--qmp", "tcp:127.0.0.1:0"])
+        .args(["--exit-with-parent", &std::process::id().to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    BufReader::new(machine.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    let (_, addresses) = said.trim().split_once("QMP at ").unwrap();
+    let tcp = addresses.strip_prefix(&format!("{unix}, ")).unwrap();
+    for (command, wanted) in [("status", "running here"), ("stop", "paused"), ("verify", "verified"), ("quit", "ended")]
+    {
+        let outcome = Command::new(dunlin).args([command, "--qmp", tcp]).output().unwrap();
+        let text = String::from_utf8_lossy(&outcome.stdout).into_owned();
+        assert!(outcome.status.success() && text.contains(wanted), "{command}: {outcome:?}");
+    }
+    assert!(machine.wait().unwrap().success());
+    let gone = Command::new(dunlin).args(["status", "--qmp", tcp]).output().unwrap();
+    let text = String::from_utf8_lossy(&gone.stderr).into_owned();
+    assert!(!gone.status.success() && text.contains(&format!("no machine answers at {tcp}")), "{text}");
 }

@@ -94,12 +94,12 @@ pub(crate) struct Events {
 }
 
 impl Events {
-    /// Watches `guest`; with it comes the bell for the [`Deliverer`].
-    pub(crate) fn watch(guest: &Guest) -> (Self, Receiver<GuestEvent>) {
+    /// Watches `guest`, with the migration's events or without; with it comes the bell for the [`Deliverer`].
+    pub(crate) fn watch(guest: &Guest, migration: Switch) -> (Self, Receiver<GuestEvent>) {
         // In this order: when the bell rings, what happened is there to be delivered.
         let happened = Mutex::new(guest.events());
         let bell = guest.events();
-        (Self { happened, listeners: Mutex::default(), migration: AtomicBool::new(false) }, bell)
+        (Self { happened, listeners: Mutex::default(), migration: AtomicBool::new(migration == Switch::On) }, bell)
     }
 
     /// Turns the migration's events on or off.

@@ -183,16 +183,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Vm {
     /// Takes control of `guest`.
     pub fn new(guest: Arc<Guest>, verifier: Option<Box<dyn Verify>>) -> Arc<Self> {
-        let (events, bell) = Events::watch(&guest);
+        let parameters = Parameters::default();
+        let (events, bell) = Events::watch(&guest, parameters.events);
         let vm = Arc::new(Self {
             guest,
             verifier,
             commands: Mutex::new(()),
             ending: AtomicBool::new(false),
             state: Mutex::new(State {
-                parameters: Parameters::default(),
+                in_force: parameters.clone(),
+                parameters,
                 latest: Latest::None,
-                in_force: Parameters::default(),
                 earlier_destination: None,
             }),
             quit: Mutex::new(false),
