@@ -6,6 +6,7 @@
 
 mod common;
 
+use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};

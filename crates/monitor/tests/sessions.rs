@@ -2,7 +2,7 @@
 //! what becomes of those that do not read.
 
 // Clippy's exception for tests does not reach the functions that they call.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 #![allow(dead_code, reason = "each test binary uses a part of what is common")]
 
 mod common;
