@@ -141,13 +141,17 @@ impl Series {
     /// What `count` grew by in a second, at each point, over the `window` before it.
     pub fn rates(&self, window: f64, count: impl Fn(&Point) -> Option<u64>) -> Vec<(f64, f64)> {
         let mut rates = Vec::with_capacity(self.points.len());
+        // Over less time than this a rate says little.
+        let shortest = window.min(self.seconds()) / 2.0;
         let mut first = self.points.iter().peekable();
         let mut before = first.next();
         for point in &self.points {
             while first.peek().is_some_and(|next| point.seconds - next.seconds >= window) {
                 before = first.next();
             }
-            let Some(start) = before.filter(|start| start.seconds < point.seconds) else { continue };
+            let long_enough =
+                |start: &&Point| start.seconds < point.seconds && point.seconds - start.seconds >= shortest;
+            let Some(start) = before.filter(long_enough) else { continue };
             let (Some(now), Some(then)) = (count(point), count(start).or(Some(0))) else { continue };
             rates.push((point.seconds, now.saturating_sub(then) as f64 / (point.seconds - start.seconds)));
         }

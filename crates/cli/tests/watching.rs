@@ -205,3 +205,65 @@ fn metrics_of_a_running_migration() {
     source.execute("quit", json!({}));
     until("it no longer listens", PATIENCE, || TcpStream::connect(&address).is_err().then_some(()));
 }
+
+/// A terminal: its master side, and the slave side for a process.
+fn terminal() -> (fs::File, Stdio, Stdio) {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let name = ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
+    let slave = fs::File::options().read(true).write(true).open(name).unwrap();
+    let size = rustix::termios::Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
+    rustix::termios::tcsetwinsize(&slave, size).unwrap();
+    (master.into(), slave.try_clone().unwrap().into(), slave.into())
+}
+
+#[test]
+fn the_screen_is_left_as_it_was() {
+    let _turn = turn();
+    let directory = tempfile::tempdir().unwrap();
+    let source = Machine::source(directory.path(), "256M", BUSY, &[]);
+    let destination = Machine::destination(directory.path(), "256M");
+    source.set(json!({"max-bandwidth": 20 << 20}));
+    source.migrate(&destination.address());
+    // `q`, and Ctrl-C as a terminal in raw mode gives it.
+    for key in [b"q", b"\x03"] {
+        let (mut master, input, output) = terminal();
+        let before = rustix::termios::tcgetattr(&master).unwrap();
+        let mut watcher = Command::new(DUNLIN)
+            .args(["watch", "--qmp", &qmp(&source)])
+            .env("TERM", "xterm-256color")
+            .stdin(input)
+            .stdout(output)
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut shown = String::new();
+        until("the screen is drawn", PATIENCE, || {
+            let mut buffer = [0; 4096];
+            let read = master.read(&mut buffer).unwrap();
+            shown.push_str(&text(&buffer[..read]));
+            shown.contains("the migration goes on").then_some(())
+        });
+        assert!(shown.contains("\x1b[?1049h"), "it has a screen of its own");
+        master.write_all(key).unwrap();
+        let reader = thread::spawn(move || {
+            let mut rest = Vec::new();
+            let mut buffer = [0; 4096];
+            // Its end is an error: nobody has the other side open.
+            while let Ok(read @ 1..) = master.read(&mut buffer) {
+                rest.extend_from_slice(&buffer[..read]);
+            }
+            (master, text(&rest))
+        });
+        assert!(watcher.wait().unwrap().success());
+        let (master, rest) = reader.join().unwrap();
+        assert!(rest.contains("\x1b[?1049l") && rest.contains("\x1b[?25h"), "{rest:?}");
+        let after = rustix::termios::tcgetattr(&master).unwrap();
+        assert_eq!(after.local_modes, before.local_modes, "the terminal is as it was");
+        assert_eq!(source.report().unwrap().status, Status::Active, "the migration goes on");
+    }
+    source.execute("migrate_cancel", json!({}));
+    source.ended();
+}
