@@ -96,7 +96,7 @@ impl Rows {
 
 fn sentence(watched: &Watched) -> String {
     match watched.series.latest() {
-        None => "No migration yet: waiting for one to begin.".to_owned(),
+        None => format!("no migration yet: waiting for one to begin; this machine: {}", watched.state),
         Some(report) => headline(report),
     }
 }
