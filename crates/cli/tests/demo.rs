@@ -87,7 +87,7 @@ fn for_people() {
     let text = String::from_utf8(output.stdout).unwrap();
     println!("{text}");
     assert!(output.status.success());
-    for word in ["completed; the guest is running at the destination", "downtime", "rounds", "verified:"] {
+    for word in ["completed in ", "it is running at the destination", "downtime", "rounds", "verified:"] {
         assert!(text.contains(word) || word == "rounds" && text.contains("round"), "{word:?} is missing: {text}");
     }
 }
