@@ -51,7 +51,9 @@ pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
     })?;
     // The error goes to standard error, once.
     let failure = following::failure(&ended.report);
-    ended.report.error = None;
+    if ended.report.error.take().is_some() {
+        ended.report.summary = format!("{}; the guest is {}", ended.report.status, ended.report.guest);
+    }
     terminal::out(&if args.json { connection::pretty(&ended.json) } else { text::report(&ended.report) })?;
     match (ended.report.status, ended.interrupted) {
         (Status::Completed, false) => Ok(Outcome::Success),
