@@ -292,6 +292,7 @@ impl Guest {
         let was_running = state.running;
         self.pause(&mut state)?;
         state.ownership = Ownership::HandingOver;
+        self.dirty_rate.give_up();
         // Wherever it goes on, it does so at full speed. A machine that fails here has stopped all the same.
         let _ = contain("source", || {
             self.throttle.set_migration(&[]);

@@ -129,6 +129,17 @@ fn beside_a_migration() {
 }
 
 /// Refusals say what was wrong; and a guest that goes takes its measurement with it at once.
+/// Time in which the guest stands still, or is elsewhere, is not counted as time in which it dirtied nothing.
+#[test]
+fn of_a_guest_that_leaves() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let (from, to) = (source(32 * MIB, 1, "pattern=uniform,rate=20M/s", 3), empty(32 * MIB, 1));
+    from.guest.calc_dirty_rate(&request(DirtyRateMode::PageSampling, 30_000, 512)).unwrap();
+    common::move_guest(&from, &to, "tcp:127.0.0.1:0", &parameters(&[]));
+    until("it is given up", || from.guest.dirty_rate().status == DirtyRateStatus::Unstarted);
+    assert!(from.guest.dirty_rate().error.unwrap().contains("the guest left"));
+}
+
 #[test]
 fn refusals() {
     let side = source(8 * MIB, 1, "idle", 1);

@@ -400,3 +400,40 @@ fn of_migrations_that_end_otherwise() {
         assert!(json(&later) == json(&here), "{}\n{}", json(&later), json(&here));
     }
 }
+
+/// A switchover that is given up: what is known of its downtime stays, on both sides as far as they can know.
+#[test]
+fn of_a_switchover_that_is_given_up() {
+    let set = parameters(&[("pause-before-switchover", "on")]);
+    let pair = pair(32 * MIB, WORKLOAD, &set, Moment::Byte(Way::ToSource, u64::MAX), Harm::None);
+    let began = Instant::now();
+    let source = Source::start(&pair.from.guest, &pair.proxy.uri, &set).unwrap();
+    until("pre-switchover", || source.report().status == Status::PreSwitchover);
+    let waiting = source.report();
+    assert!(waiting.summary.starts_with("waiting to be continued"), "{}", waiting.summary);
+    std::thread::sleep(Duration::from_millis(300));
+    source.cancel().unwrap();
+    let here = source.wait();
+    check(&here, pair.memory_bytes, began);
+    assert_eq!((here.status, here.guest), (Status::Cancelled, GuestPlace::RunningAtSource));
+    let (paused, _) = pair.from.seen(|seen| seen.paused.unwrap());
+    let resumed = pair.from.seen(|seen| seen.resumed.unwrap());
+    let still = resumed.duration_since(paused).as_secs_f64();
+    assert!((here.downtime_seconds - still).abs() < 0.02, "{} of {still} s", here.downtime_seconds);
+    let parts = here.downtime_parts.unwrap();
+    assert!(
+        parts.wait_seconds >= 0.3 && parts.pause_seconds + parts.wait_seconds <= here.downtime_seconds,
+        "{parts:?}"
+    );
+    assert_eq!((parts.ram_seconds, parts.load_seconds), (0.0, 0.0));
+    until("the destination knows", || pair.destination.report().status == Status::Cancelled);
+    let there = pair.destination.report();
+    check(&there, pair.memory_bytes, began);
+    assert_eq!((&here.rounds, here.ram.pages), (&there.rounds, there.ram.pages));
+    // Time in which nothing was to come is not waited through.
+    let rounds: f64 = here.rounds.iter().map(|round| round.seconds).sum();
+    for channel in here.channels.iter().chain(&there.channels) {
+        let time = channel.busy_seconds + channel.waiting_seconds;
+        assert!(time <= rounds + 0.1, "{time} of {rounds} s");
+    }
+}

@@ -112,11 +112,12 @@ impl Receiving {
         clock: &mut ChannelClock,
         between: &mut Between,
     ) -> Result<Option<Event>, Cause> {
-        let received = self.receiver.next(self.placement.block_bytes(), runs)?;
+        let received = self.receiver.next(self.placement.block_bytes(), runs);
         if *between == Between::Rounds {
             // No round was under way, so nothing was waited for.
             clock.skip();
         }
+        let received = received?;
         *between = match received {
             Received::Pages => Between::Frames,
             Received::Message(_) => Between::Rounds,

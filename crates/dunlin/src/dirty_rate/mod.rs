@@ -35,8 +35,8 @@ pub enum DirtyRateMode {
     PageSampling,
     /// All pages that are written are counted, each once.
     DirtyBitmap,
-    /// The same, shared out to the vCPUs by what each has dirtied: for machines that can tell them apart, such as KVM's with
-    /// dirty rings.
+    /// The same, shared out to the vCPUs by what each has dirtied: for machines that can tell them apart, such as those
+    /// with dirty rings.
     DirtyRing,
 }
 
@@ -249,6 +249,15 @@ impl DirtyRateService {
         }
     }
 
+    /// The guest is stopped and may leave: what is being measured would count time in which it did nothing. Does not wait.
+    pub(crate) fn give_up(&self) {
+        if let Ok(mut running) = self.running.try_lock()
+            && let Some(running) = &mut *running
+        {
+            running.stay = None;
+        }
+    }
+
     /// Ends a measurement that has a tracker: somebody else needs one.
     pub(crate) fn give_up_tracker(&self) {
         let mut running = lock(&self.running);
@@ -269,7 +278,9 @@ impl DirtyRate {
                 self.vcpus =
                     each.map(|(vcpu, dirty_bytes_per_second)| VcpuDirtyRate { vcpu, dirty_bytes_per_second }).collect();
             }
-            Ok(None) => self.error = Some("a migration began, whose report has the dirty rate".to_owned()),
+            Ok(None) => {
+                self.error = Some("a migration began, whose report has the dirty rate, or the guest left".to_owned())
+            }
             Err(cause) => self.error = Some(cause.to_string()),
         }
     }

@@ -77,9 +77,10 @@ impl Migration<'_> {
 
     fn decide_throttle(&mut self, number: u32, verdict: &Verdict) -> Result<(), Cause> {
         let machine = self.shared.guest.machine().clone();
-        let (switch, limit, settings) = {
+        let (switch, limit, max_bandwidth, settings) = {
             let parameters = lock(&self.shared.parameters);
-            (parameters.auto_converge, parameters.downtime_limit, settings(&parameters))
+            let Parameters { auto_converge, downtime_limit, max_bandwidth, .. } = *parameters;
+            (auto_converge, downtime_limit, max_bandwidth, settings(&parameters))
         };
         let (Some(vcpus), Some(round)) = (machine.vcpus(), self.rounds.last().copied()) else { return Ok(()) };
         // The guest's writes are not what keeps a switchover that takes too long by itself.
@@ -90,8 +91,9 @@ impl Migration<'_> {
         if verdict.predicted <= limit {
             return Ok(());
         }
-        // How fast zeros are found in memory says nothing of the link.
-        if number == 1 && round.transferred_bytes < round.ram_bytes / 2 {
+        // How fast zeros are found in memory says nothing of the link, where it was not the limit that held them up.
+        let limited = max_bandwidth > 0 && verdict.bandwidth > max_bandwidth / 2;
+        if number == 1 && round.transferred_bytes < round.ram_bytes / 2 && !limited {
             return Ok(());
         }
         let part = encoded_part(&self.rounds);
