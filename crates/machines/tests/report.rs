@@ -5,6 +5,8 @@
 
 mod common;
 
+use std::io::Write;
+use std::net::TcpStream;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -12,7 +14,9 @@ use std::time::{Duration, Instant};
 use common::proxy::{Harm, Moment, Proxy, Way};
 use common::{MIB, parameters, until};
 use dunlin::memory::{DirtyBitmap, DirtyTracker, Ram, TrackerError};
-use dunlin::{Destination, Guest, GuestPlace, Machine, MachineError, Parameters, Report, Source, StateSection, Status};
+use dunlin::{
+    Destination, Guest, GuestPlace, Machine, MachineError, Parameters, Report, Source, StateSection, Status, Uri,
+};
 use dunlin_machines::{Backing, SyntheticConfig, SyntheticMachine};
 
 const PAGE: u64 = 4096;
@@ -22,6 +26,8 @@ const FRAME: u64 = (2 << 20) + (1 << 16);
 /// What a machine has seen of the engine.
 #[derive(Debug, Default)]
 struct Seen {
+    /// When the first page was about to be sent.
+    first: Option<Instant>,
     /// Pages that were handed out for sending.
     handed_out: u64,
     /// Dirty pages at each look.
@@ -83,7 +89,9 @@ impl DirtyTracker for CountingTracker {
         self.through(block, dirty, |fresh| self.inner.rearm(block, range.clone(), fresh))?;
         let mut known = self.dirty.lock().unwrap();
         let pages = &mut known[block][(range.start / PAGE) as usize..(range.end / PAGE) as usize];
-        self.seen.lock().unwrap().handed_out += count(pages);
+        let mut seen = self.seen.lock().unwrap();
+        seen.first.get_or_insert_with(Instant::now);
+        seen.handed_out += count(pages);
         pages.fill(false);
         Ok(())
     }
@@ -262,6 +270,11 @@ fn of_a_migration_that_completes() {
     ] {
         let set = parameters(&[set, &[("max-bandwidth", "80M/s")]].concat());
         let pair = pair(64 * MIB, WORKLOAD, &set, Moment::Byte(Way::ToSource, u64::MAX), Harm::None);
+        // Somebody who does not belong here.
+        let Uri::Tcp { host, port } = pair.destination.local_uri().clone() else { panic!("it is TCP") };
+        let mut stranger = TcpStream::connect((host.as_str(), port)).unwrap();
+        stranger.write_all(&[b'x'; 64]).unwrap();
+        until("the stranger is refused", || pair.destination.report().refused_connections.count == 1);
         let began = Instant::now();
         let source = Source::start(&pair.from.guest, &pair.proxy.uri, &set).unwrap();
         watch(&pair, &source, began, |report| report.status.is_final());
@@ -308,6 +321,21 @@ fn of_a_migration_that_completes() {
             let rate = round.transferred_bytes as f64 / round.seconds;
             assert!(rate < 1.3 * f64::from(80 << 20) || round.transferred_bytes < 4 << 20, "{round:?}");
         }
+        // Setup: until the first page. Rates: what passed in the time there was for it, and what the guest is set to write,
+        // which may be the same page twice.
+        let first = pair.from.seen(|seen| seen.first.unwrap()).duration_since(began).as_secs_f64();
+        assert!((here.setup_seconds - first).abs() < 0.02, "{} of {first} s", here.setup_seconds);
+        let rate = passed as f64 / (total - first);
+        let bandwidth = here.bandwidth_bytes_per_second as f64;
+        assert!((0.7..1.4).contains(&(bandwidth / rate)), "{bandwidth} of {rate} bytes a second");
+        let written = f64::from(30 << 20);
+        assert!(
+            (0.1..1.5).contains(&(here.dirty_bytes_per_second as f64 / written)),
+            "{}",
+            here.dirty_bytes_per_second
+        );
+        let predicted = here.predicted_downtime_seconds.unwrap();
+        assert!((predicted - here.downtime_seconds).abs() < 0.05, "{predicted} for {} s", here.downtime_seconds);
         // A channel's thread is busy or waits for as long as rounds last.
         for channel in here.channels.iter().chain(&there.channels) {
             let time = channel.busy_seconds + channel.waiting_seconds;
