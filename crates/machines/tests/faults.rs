@@ -255,6 +255,10 @@ fn asked_again_later() {
             drop(destination);
             migration.take_back().unwrap();
             assert!(from.guest.is_running());
+            let report = migration.report();
+            assert_eq!(report.guest, GuestPlace::RunningAtSource);
+            assert!(report.summary.ends_with("; the guest is running at the source"), "{}", report.summary);
+            assert!(report.downtime_seconds > 0.0 && report.downtime_seconds <= report.total_seconds);
             assert!(migration.take_back().is_err(), "nothing is undecided any more");
             from.assert_good("taken back");
             continue;
