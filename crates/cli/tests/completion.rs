@@ -59,7 +59,7 @@ fn bash() {
 
 /// Has the widget's function say what it would offer, in the place of the line editor.
 const ZSH: &str = r#"
-    autoload -Uz compinit && compinit -u -d /dev/null
+    autoload -Uz compinit && compinit -u -D
     source <("$1" completion zsh) || exit
     [[ $_comps[dunlin] == _dunlin ]] || exit
     _describe() { local -a offered=("${(@P)3}"); print -rl -- "${(@)offered%%:*}${4:+ no blank}"; }
