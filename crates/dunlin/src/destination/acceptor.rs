@@ -246,11 +246,8 @@ impl Acceptor<'_> {
 
     /// A new migration.
     fn begin(&mut self, waiting: Waiting, hello: Hello) -> Verdict {
-        if let Some((_, thread, _)) = &self.session {
-            if thread.is_finished() {
-                self.collect_session();
-                return Verdict::Wait(waiting);
-            }
+        self.collect_session();
+        if self.session.is_some() {
             return self.busy(waiting);
         }
         let (events, incoming) = mpsc::channel();
@@ -291,16 +288,23 @@ impl Acceptor<'_> {
         Verdict::Settled
     }
 
+    /// Puts away a session that has told its end. Not asked is whether its thread has ended: it wakes this one before
+    /// that, and nothing would wake it again.
     fn collect_session(&mut self) {
-        let Some((id, thread, outcome)) = self.session.take_if(|(_, thread, _)| thread.is_finished()) else { return };
-        let _ = thread.join();
-        lock(&self.shared.session).take();
-        if let Ok(outcome) = outcome.try_recv() {
-            if self.ended.len() == REMEMBERED {
-                self.ended.remove(0);
-            }
-            self.ended.push((id, outcome));
+        let Some((id, _, outcome)) = &self.session else { return };
+        let outcome = match outcome.try_recv() {
+            Ok(outcome) => Some((*id, outcome)),
+            Err(mpsc::TryRecvError::Disconnected) => None,
+            Err(mpsc::TryRecvError::Empty) => return,
+        };
+        if let Some((_, thread, _)) = self.session.take() {
+            let _ = thread.join();
         }
+        lock(&self.shared.session).take();
+        if self.ended.len() == REMEMBERED {
+            self.ended.remove(0);
+        }
+        self.ended.extend(outcome);
     }
 
     fn close(mut self) {
