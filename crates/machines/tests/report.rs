@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use common::proxy::{Harm, Moment, Proxy, Way};
 use common::{MIB, parameters, until};
 use dunlin::memory::{DirtyBitmap, DirtyTracker, Ram, TrackerError};
+use dunlin::report::DowntimeParts;
 use dunlin::{
     Destination, Guest, GuestPlace, Machine, MachineError, Parameters, Report, Source, StateSection, Status, Uri,
 };
@@ -22,6 +23,9 @@ use dunlin_machines::{Backing, SyntheticConfig, SyntheticMachine};
 const PAGE: u64 = 4096;
 /// The most that a frame carries, and its header and table: how far a count may be behind another.
 const FRAME: u64 = (2 << 20) + (1 << 16);
+/// Messages of the handover, by the numbers of docs/wire-format.md.
+const RELEASE: u16 = 9;
+const RUNNING: u16 = 10;
 
 /// What a machine has seen of the engine.
 #[derive(Debug, Default)]
@@ -204,6 +208,15 @@ fn zero_pages(machine: &SyntheticMachine) -> u64 {
     zero
 }
 
+fn sum(parts: &DowntimeParts) -> f64 {
+    parts.pause_seconds
+        + parts.wait_seconds
+        + parts.ram_seconds
+        + parts.device_state_seconds
+        + parts.load_seconds
+        + parts.handover_seconds
+}
+
 /// What must be true of any report at any time.
 fn check(report: &Report, memory_bytes: u64, began: Instant) {
     let elapsed = began.elapsed().as_secs_f64();
@@ -307,13 +320,7 @@ fn of_a_migration_that_completes() {
         let stop = resumed.duration_since(began_to_pause).as_secs_f64();
         assert!(here.downtime_seconds <= stop + 0.02, "{} of {stop} s", here.downtime_seconds);
         let parts = here.downtime_parts.unwrap();
-        let sum = parts.pause_seconds
-            + parts.wait_seconds
-            + parts.ram_seconds
-            + parts.device_state_seconds
-            + parts.load_seconds
-            + parts.handover_seconds;
-        assert!((sum - here.downtime_seconds).abs() < 2e-3, "{sum} of {} s", here.downtime_seconds);
+        assert!((sum(&parts) - here.downtime_seconds).abs() < 2e-3, "{parts:?} of {} s", here.downtime_seconds);
         assert!(here.total_seconds <= total && here.total_seconds > total * 0.5, "{} of {total} s", here.total_seconds);
         let rounds: f64 = here.rounds.iter().map(|round| round.seconds).sum();
         assert!(rounds <= here.total_seconds, "{rounds} of {} s", here.total_seconds);
@@ -375,6 +382,47 @@ fn of_pages_as_they_are() {
     let source = Source::start(&pair.from.guest, &pair.proxy.uri, &set).unwrap();
     let here = source.wait();
     assert_eq!((here.ram.pages.zero, here.ram.pages.plain), (zero, 32 * MIB / PAGE - zero));
+}
+
+/// The connection is lost when the source has released the guest: the figures go on over the next one.
+#[test]
+fn of_a_handover_over_two_connections() {
+    let set = parameters(&[]);
+    for moment in [Moment::Before(RELEASE), Moment::After(RELEASE), Moment::Before(RUNNING)] {
+        let pair = pair(32 * MIB, WORKLOAD, &set, moment, Harm::Cut);
+        let began = Instant::now();
+        let source = Source::start(&pair.from.guest, &pair.proxy.uri, &set).unwrap();
+        watch(&pair, &source, began, |report| report.status.is_final());
+        let here = source.wait();
+        assert!(pair.proxy.harmed());
+        assert!(here.status == Status::Completed && here.error.is_none(), "{moment:?}: {:?}", here.error);
+        until("Done", || pair.destination.report().downtime_parts.is_some());
+        let there = pair.destination.report();
+        assert!(there.status == Status::Completed && there.error.is_none(), "{moment:?}: {:?}", there.error);
+        assert_eq!((here.guest, there.guest), (GuestPlace::RunningAtDestination, GuestPlace::RunningAtDestination));
+        // No page travels in the handover, only messages, of which the cut may have eaten one.
+        let passed = pair.proxy.bytes(Way::ToDestination);
+        for report in [&here, &there] {
+            check(report, pair.memory_bytes, began);
+            let bytes = report.ram.transferred_bytes;
+            assert!(bytes.abs_diff(passed) <= 256, "{moment:?}: {bytes} of {passed} at the {:?}", report.side);
+        }
+        let handed_out = pair.from.seen(|seen| seen.handed_out);
+        assert_eq!((here.ram.pages.total(), there.ram.pages.total()), (handed_out, handed_out));
+        assert_eq!((&here.rounds, here.ram.pages), (&there.rounds, there.ram.pages));
+        // Until the source hears that the guest runs, which may be after the redial, it counts as down.
+        let (began_to_pause, paused) = pair.from.seen(|seen| seen.paused.unwrap());
+        let resumed = pair.to.seen(|seen| seen.resumed.unwrap());
+        let still = resumed.duration_since(paused).as_secs_f64();
+        let known = began_to_pause.elapsed().as_secs_f64();
+        assert!((still..known).contains(&here.downtime_seconds), "{} of {still} s", here.downtime_seconds);
+        let parts = here.downtime_parts.unwrap();
+        assert!((sum(&parts) - here.downtime_seconds).abs() < 2e-3, "{parts:?} of {} s", here.downtime_seconds);
+        assert!((here.downtime_seconds - there.downtime_seconds).abs() < 1e-6);
+        assert!((sum(&parts) - sum(&there.downtime_parts.unwrap())).abs() < 1e-6);
+        assert!(here.downtime_seconds <= here.total_seconds && here.cpu_seconds.destination.is_some());
+        pair.to.machine.verify().unwrap();
+    }
 }
 
 /// What is left of the figures when it does not go well: all of them.

@@ -61,6 +61,8 @@ struct Handover {
     offer: Option<Offer>,
     /// When the guest was stopped.
     stopped: Option<Instant>,
+    /// When the destination was released to run it.
+    released: Option<Instant>,
 }
 
 /// What all threads of a migration, and the handle, share.
@@ -287,6 +289,7 @@ impl Source {
                 run: Resume::StayPaused,
                 offer: None,
                 stopped: None,
+                released: None,
             }),
             phase: Mutex::new(Phase::Setup),
             report: Mutex::new(report),

@@ -46,7 +46,10 @@ fn transition(shared: &Shared, event: SourceEvent) -> Result<Transition, Cause> 
     }
     let before = std::mem::replace(&mut handover.state, next);
     match next {
-        SourceState::Released => shared.guest.undecided(),
+        SourceState::Released => {
+            handover.released.get_or_insert_with(Instant::now);
+            shared.guest.undecided();
+        }
         SourceState::Gone => shared.guest.gone(handover.run),
         _ => {}
     }
@@ -59,7 +62,13 @@ fn transition(shared: &Shared, event: SourceEvent) -> Result<Transition, Cause> 
         Ok(())
     };
     if let (true, Some(stopped)) = (ends_downtime, handover.stopped) {
-        lock(&shared.report).downtime_seconds = stopped.elapsed().as_secs_f64();
+        let now = Instant::now();
+        let since = |then: Instant| now.saturating_duration_since(then).as_secs_f64();
+        // However it came to this: over one connection, over several, or by a person.
+        if let Some(released) = handover.released {
+            shared.note_part(|parts| &mut parts.handover_seconds, since(released));
+        }
+        lock(&shared.report).downtime_seconds = since(stopped);
     }
     Ok(Transition { actions, resumed })
 }
@@ -148,7 +157,6 @@ impl Migration<'_> {
         }
         self.apply(SourceEvent::Ready)?;
         self.await_running()?;
-        shared.note_part(|parts| &mut parts.handover_seconds, clock.lap());
         // The guest runs over there: that Done cannot be sent changes nothing.
         if self.apply(SourceEvent::Running).is_ok() {
             self.control.finish();
