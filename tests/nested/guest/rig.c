@@ -161,7 +161,7 @@ static void *memory(void *argument)
         }
         if (last)
             return NULL;
-        sleep_ns(2000000);
+        sleep_ns(20000000);
     }
 }
 
@@ -222,7 +222,7 @@ static void *files(void *argument)
         }
         if (last)
             return NULL;
-        sleep_ns(20000000);
+        sleep_ns(100000000);
     }
 }
 
@@ -257,7 +257,7 @@ static void *clocks(void *argument)
             most = high;
         monotonic = after, boot = b;
         looks++;
-        sleep_ns(1000000);
+        sleep_ns(10000000);
     }
     return NULL;
 }
@@ -332,7 +332,7 @@ static int guest(void)
         lines++;
         say("L %lu written=%lu checked=%lu files=%lu looks=%lu\n", lines, pages_written, pages_checked, files_checked,
             looks);
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 25; i++) {
             ssize_t got = read(0, command + length, sizeof command - length - 1);
             length += got > 0 ? got : 0;
             command[length] = 0;
@@ -351,7 +351,7 @@ static int guest(void)
                 fail("console: a line without end");
                 length = 0;
             }
-            sleep_ns(5000000);
+            sleep_ns(10000000);
         }
     }
 stop:
