@@ -115,6 +115,16 @@ pub struct MigrationError {
     pub cause: Cause,
 }
 
+/// What a peer or a VMM says, fit for a terminal: in one line, and without characters that would steer it.
+pub(crate) fn one_line(text: &str) -> String {
+    let fit = |c: char| match c {
+        '\n' | '\r' | '\t' => ' ',
+        _ if c.is_control() => char::REPLACEMENT_CHARACTER,
+        _ => c,
+    };
+    text.chars().map(fit).collect()
+}
+
 /// A step that takes a VMM's own code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MachineStep {

@@ -97,6 +97,8 @@ impl ChannelClock {
 pub(crate) struct FrameSender {
     connection: Arc<Connection>,
     counters: Arc<ChannelCounters>,
+    /// Of the channel whose pages and marks are sent here.
+    pages: Arc<ChannelCounters>,
     sequence: u64,
     broken: bool,
 }
@@ -111,11 +113,16 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl FrameSender {
     pub(crate) fn new(connection: Arc<Connection>, counters: Arc<ChannelCounters>) -> Self {
-        Self { connection, counters, sequence: 0, broken: false }
+        Self { connection, pages: counters.clone(), counters, sequence: 0, broken: false }
     }
 
     pub(crate) fn connection(&self) -> &Arc<Connection> {
         &self.connection
+    }
+
+    /// From here on frames of pages and marks are another channel's.
+    pub(crate) fn count_pages_in(&mut self, counters: Arc<ChannelCounters>) {
+        self.pages = counters;
     }
 
     /// Sends a control message.
@@ -191,9 +198,9 @@ impl FrameSender {
         self.broken = false;
         self.sequence = self.sequence.wrapping_add(1);
         let bytes = HEADER_BYTES + table.len() + data_length + frame_type.trailer_bytes();
-        let bytes = bytes as u64;
-        self.counters.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.counters.frames.fetch_add(1, Ordering::Relaxed);
+        let counters = if frame_type.is_of_pages() { &self.pages } else { &self.counters };
+        counters.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        counters.frames.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -264,6 +271,8 @@ fn send_checked(
 pub(crate) struct FrameReceiver {
     connection: Arc<Connection>,
     counters: Arc<ChannelCounters>,
+    /// Of the channel whose pages and marks come here.
+    pages: Arc<ChannelCounters>,
     sequence: u64,
     table: Vec<u8>,
 }
@@ -278,7 +287,12 @@ pub(crate) enum Received {
 
 impl FrameReceiver {
     pub(crate) fn new(connection: Arc<Connection>, counters: Arc<ChannelCounters>) -> Self {
-        Self { connection, counters, sequence: 0, table: Vec::new() }
+        Self { connection, pages: counters.clone(), counters, sequence: 0, table: Vec::new() }
+    }
+
+    /// Frames of pages and marks are another channel's.
+    pub(crate) fn count_pages_in(&mut self, counters: Arc<ChannelCounters>) {
+        self.pages = counters;
     }
 
     pub(crate) fn connection(&self) -> &Arc<Connection> {
@@ -300,8 +314,9 @@ impl FrameReceiver {
             + u64::from(header.table_length)
             + u64::from(header.data_length)
             + header.frame_type.trailer_bytes() as u64;
-        self.counters.bytes.fetch_add(total, Ordering::Relaxed);
-        self.counters.frames.fetch_add(1, Ordering::Relaxed);
+        let counters = if header.frame_type.is_of_pages() { &self.pages } else { &self.counters };
+        counters.bytes.fetch_add(total, Ordering::Relaxed);
+        counters.frames.fetch_add(1, Ordering::Relaxed);
         // Within the limit of its type: `decode` saw to it.
         self.table.resize(header.table_length as usize, 0);
         self.connection.recv_exact(&mut self.table)?;

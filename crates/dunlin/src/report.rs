@@ -7,8 +7,9 @@ use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::error::{GuestPlace, MigrationError, Phase, Side};
+use crate::error::{GuestPlace, MigrationError, Phase, Side, one_line};
 use crate::page::PageKind;
+use crate::wire::Throttled;
 
 mod summary;
 
@@ -99,8 +100,7 @@ pub struct Report {
     pub delta: DeltaCounts,
     /// Bytes of device state sent or received.
     pub device_state_bytes: u64,
-    /// Bytes on all channels a second, over the latest rounds that moved enough to tell; after the end, over all that are
-    /// listed.
+    /// Bytes on all channels a second, over the latest rounds that moved enough to tell.
     pub bandwidth_bytes_per_second: u64,
     /// Bytes of RAM the guest dirties a second, as of the last round.
     pub dirty_bytes_per_second: u64,
@@ -153,13 +153,6 @@ impl Report {
         }
     }
 
-    /// After the end the bandwidth is that over all rounds that are listed.
-    pub(crate) fn settle_bandwidth(&mut self) {
-        let seconds: f64 = self.rounds.iter().map(|round| round.seconds).sum();
-        let moved = self.rounds.iter().fold(0u64, |sum, round| sum.saturating_add(round.transferred_bytes));
-        self.bandwidth_bytes_per_second = (moved as f64 / seconds.max(1e-9)) as u64;
-    }
-
     /// Puts into words what is happening.
     pub(crate) fn summarize(&mut self) {
         self.summary = summary::sentence(self);
@@ -179,6 +172,19 @@ impl Report {
         most.resize(most.len().max(percent.len()), 0);
         most.iter_mut().zip(&percent).for_each(|(most, percent)| *most = (*most).max(*percent));
         self.vcpu_throttle_percent = percent;
+    }
+
+    /// What is taken and was, for the other side.
+    pub(crate) fn throttled(&self) -> Vec<Throttled> {
+        let now = self.vcpu_throttle_percent.iter().copied().chain(std::iter::repeat(0));
+        self.max_vcpu_throttle_percent.iter().zip(now).map(|(most, now)| Throttled { now, most: *most }).collect()
+    }
+
+    /// What the other side says of that.
+    pub(crate) fn throttled_by(&mut self, throttled: &[Throttled]) {
+        let taken = throttled.iter().any(|vcpu| vcpu.now > 0);
+        self.vcpu_throttle_percent = throttled.iter().filter(|_| taken).map(|vcpu| vcpu.now).collect();
+        self.max_vcpu_throttle_percent = throttled.iter().map(|vcpu| vcpu.most).collect();
     }
 
     /// Rounds ended so far, listed or not.
@@ -423,6 +429,6 @@ fn place(guest: GuestPlace) -> String {
 
 impl From<&MigrationError> for ErrorReport {
     fn from(error: &MigrationError) -> Self {
-        Self { message: error.to_string(), side: error.side, phase: error.phase, guest: error.guest }
+        Self { message: one_line(&error.to_string()), side: error.side, phase: error.phase, guest: error.guest }
     }
 }

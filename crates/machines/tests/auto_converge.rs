@@ -59,8 +59,9 @@ fn a_hard_guest_arrives_whole() {
     let report = migration.wait();
     assert_done(&report);
     let most = &report.max_vcpu_throttle_percent;
-    // An eighth of the guest's rate is half of the link's; on a busy host it is less that the guest writes.
-    assert!(most.len() == 2 && most.iter().all(|percent| (60..=95).contains(percent)), "{most:?}");
+    // An eighth of the guest's rate is half of the link's; on a busy host it is less that the guest writes, and for a moment
+    // more may be taken than it comes to.
+    assert!(most.len() == 2 && most.iter().all(|percent| (60..=97).contains(percent)), "{most:?}");
     assert_free(&from.guest, "at the source");
     let there = destination.wait();
     assert_eq!(there.status, Status::Completed);

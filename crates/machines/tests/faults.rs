@@ -537,3 +537,31 @@ fn peers_that_do_not_answer() {
     assert_eq!(migration.wait().status, Status::Cancelled);
     assert!(began.elapsed() < Duration::from_secs(1));
 }
+
+/// A Unix socket whose queue is full: the attempt can be given up, and ends by itself.
+#[test]
+fn nobody_accepts() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("full");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let _waiting = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    let from = source(4 * MIB, 1, "idle", 3);
+    let uri = Uri::Unix(path.clone());
+    let migration = from.migrate(&uri, &parameters(&[]));
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(migration.report().status, Status::Setup);
+    let asked = Instant::now();
+    migration.cancel().unwrap();
+    assert_eq!(migration.wait().status, Status::Cancelled);
+    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+    drop(migration);
+    let migration = from.migrate(&uri, &parameters(&[("link-timeout", "1s")]));
+    let report = migration.wait();
+    assert_eq!(report.status, Status::Failed);
+    assert!(report.error.unwrap().message.contains("timed out"));
+    // Nor is it taken for one that was left behind.
+    let to = empty(4 * MIB, 1);
+    assert!(Destination::listen(&to.guest, &uri, &parameters(&[])).is_err());
+    assert!(path.exists() && from.guest.is_running());
+}

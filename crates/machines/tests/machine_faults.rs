@@ -7,11 +7,15 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use common::proxy::{Harm, Moment, Proxy};
 use common::{MIB, empty, move_guest, parameters, source, until};
 use dunlin::machine::{MachineError, StateSection};
 use dunlin::memory::{DirtyTracker, Ram};
 use dunlin::{Destination, Guest, GuestPlace, Machine, Report, Source, Status};
 use dunlin_machines::SyntheticMachine;
+
+/// The number of the last message of a migration, by docs/wire-format.md.
+const DONE: u16 = 11;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -182,4 +186,89 @@ fn a_guest_that_does_not_go_on() {
         move_guest(&from, &to, "tcp:127.0.0.1:0", &parameters(&[]));
         to.assert_good("after all");
     }
+}
+
+/// Takes its time to look at what is to come.
+struct Slow {
+    machine: Arc<SyntheticMachine>,
+    looking: AtomicBool,
+    go_on: AtomicBool,
+}
+
+impl Machine for Slow {
+    fn ram(&self) -> &Ram {
+        self.machine.ram()
+    }
+
+    fn dirty_tracker(&self) -> Result<Box<dyn DirtyTracker>, MachineError> {
+        self.machine.dirty_tracker()
+    }
+
+    fn profile(&self) -> Vec<u8> {
+        self.machine.profile()
+    }
+
+    fn accept_profile(&self, profile: &[u8]) -> Result<(), MachineError> {
+        self.looking.store(true, Ordering::SeqCst);
+        until("the test goes on", || self.go_on.load(Ordering::SeqCst));
+        self.machine.accept_profile(profile)
+    }
+
+    fn pause(&self) -> Result<(), MachineError> {
+        self.machine.pause()
+    }
+
+    fn resume(&self) -> Result<(), MachineError> {
+        self.machine.resume()
+    }
+
+    fn save(&self) -> Result<Vec<StateSection>, MachineError> {
+        self.machine.save()
+    }
+
+    fn load(&self, sections: Vec<StateSection>) -> Result<(), MachineError> {
+        self.machine.load(sections)
+    }
+}
+
+/// Cancelled before the destination has agreed: it is cancelled there too, not a peer that was lost.
+#[test]
+fn cancelled_while_agreeing() {
+    let from = source(4 * MIB, 1, "idle", 7);
+    let slow = Arc::new(Slow {
+        machine: empty(4 * MIB, 1).machine,
+        looking: AtomicBool::default(),
+        go_on: AtomicBool::default(),
+    });
+    let guest = Guest::awaited(slow.clone());
+    let destination = Destination::listen(&guest, &"tcp:127.0.0.1:0".parse().unwrap(), &parameters(&[])).unwrap();
+    let migration = from.migrate(destination.local_uri(), &parameters(&[]));
+    until("the destination looks at it", || slow.looking.load(Ordering::SeqCst));
+    migration.cancel().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    slow.go_on.store(true, Ordering::SeqCst);
+    assert_eq!(migration.wait().status, Status::Cancelled);
+    until("the destination knows", || destination.report().status.is_final());
+    assert_eq!(destination.report().status, Status::Cancelled);
+    assert!(from.guest.is_running() && !guest.is_running());
+}
+
+/// A destination that is let go while it waits for the last word of a guest that is on its way to elsewhere by now.
+#[test]
+fn the_way_in_ends_nothing_on_the_way_out() {
+    let (from, middle, last) = (source(16 * MIB, 1, "idle", 7), empty(16 * MIB, 1), empty(16 * MIB, 1));
+    let way_in = middle.listen("tcp:127.0.0.1:0", &parameters(&[]));
+    let proxy = Proxy::start(way_in.local_uri(), Moment::Before(DONE), Harm::CutForGood);
+    let migration = from.migrate(&proxy.uri, &parameters(&[]));
+    until("the guest has come", || middle.guest.is_running());
+    drop(migration);
+    let next = last.listen("tcp:127.0.0.1:0", &parameters(&[]));
+    let way_out = middle.migrate(next.local_uri(), &parameters(&[("max-bandwidth", "4M/s")]));
+    until("it is on its way", || way_out.report().status == Status::Active);
+    drop(way_in);
+    let second = Source::start(&middle.guest, next.local_uri(), &parameters(&[]));
+    assert!(second.is_err(), "it is migrating already");
+    way_out.set_parameters(&parameters(&[])).unwrap();
+    assert_eq!(way_out.wait().status, Status::Completed);
+    last.assert_good("moved twice");
 }

@@ -24,11 +24,10 @@ pub enum DescriptorError {
     },
 }
 
-/// The descriptors that are kept, and the one that a migration uses and has not connected by yet.
+/// The descriptors that are kept.
 #[derive(Debug, Default)]
 pub(crate) struct Descriptors {
     named: Mutex<BTreeMap<String, OwnedFd>>,
-    in_use: Mutex<Option<OwnedFd>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -52,17 +51,6 @@ impl Descriptors {
     /// Gives up the one called `name`.
     pub(crate) fn take(&self, name: &str) -> Result<OwnedFd, DescriptorError> {
         lock(&self.named).remove(name).ok_or_else(|| DescriptorError::NotFound { name: name.to_owned() })
-    }
-
-    /// Keeps one open that a migration is about to connect by. There is only one at a time: what an earlier one had is
-    /// closed.
-    pub(crate) fn use_for_migration(&self, descriptor: OwnedFd) {
-        *lock(&self.in_use) = Some(descriptor);
-    }
-
-    /// Closes the one that a migration has connected by: it has a duplicate of its own.
-    pub(crate) fn release_used(&self) {
-        *lock(&self.in_use) = None;
     }
 }
 

@@ -10,7 +10,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use dunlin::parameters::Switch;
-use dunlin::{Guest, GuestEvent, Status};
+use dunlin::{Guest, GuestEvent};
 use serde_json::{Value, json};
 
 use crate::outbox::{Gone, Outbox};
@@ -118,18 +118,9 @@ impl Events {
     }
 
     /// Delivers what has happened until now. Never waits for a client.
-    pub(crate) fn deliver(&self) -> Delivered {
+    pub(crate) fn deliver(&self) {
         let happened = self.happened.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut delivered = Delivered::default();
-        for event in happened.try_iter() {
-            if let GuestEvent::Migration { status, .. } = event {
-                delivered.connected |= status != Status::Setup;
-            }
-            if let Some(line) = self.line(event) {
-                self.send(&line);
-            }
-        }
-        delivered
+        happened.try_iter().filter_map(|event| self.line(event)).for_each(|line| self.send(&line));
     }
 
     /// Tells that the process ends.
@@ -156,13 +147,6 @@ impl Events {
         let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         listeners.retain(|listener| listener.upgrade().inspect(|outbox| outbox.event(line.to_vec())).is_some());
     }
-}
-
-/// What a delivery was about.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Delivered {
-    /// A migration has come further than its setup.
-    pub(crate) connected: bool,
 }
 
 /// The thread that delivers at all times. It ends soon after what it delivers for is gone.

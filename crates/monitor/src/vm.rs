@@ -218,16 +218,7 @@ impl Vm {
 
     /// Tells all clients what has happened until now.
     pub(crate) fn deliver_events(&self) {
-        if self.events.deliver().connected {
-            self.release_used_descriptors();
-        }
-    }
-
-    /// Closes the descriptor that a migration was started with, once it has a duplicate of its own.
-    fn release_used_descriptors(&self) {
-        if self.report().is_none_or(|report| report.status != Status::Setup) {
-            self.descriptors.release_used();
-        }
+        self.events.deliver();
     }
 
     /// For a command that begins something, until its end.
@@ -357,7 +348,7 @@ impl Vm {
         })
     }
 
-    /// Has `start` start a migration by `route`, whose descriptor stays open until the migration has its own.
+    /// Has `start` start a migration by `route`, of whose descriptor it takes a duplicate.
     fn by(&self, route: Route, start: impl FnOnce(&Uri) -> Result<(), VmError>) -> Result<(), VmError> {
         let name = match route {
             Route::Address(uri) => return start(&uri),
@@ -365,11 +356,7 @@ impl Vm {
         };
         let descriptor: OwnedFd = self.descriptors.take(&name)?;
         match start(&Uri::Fd(descriptor.as_raw_fd())) {
-            Ok(()) => {
-                self.descriptors.use_for_migration(descriptor);
-                self.release_used_descriptors();
-                Ok(())
-            }
+            Ok(()) => Ok(()),
             Err(error) => {
                 self.descriptors.keep(&name, descriptor)?;
                 Err(error)

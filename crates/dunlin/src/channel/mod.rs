@@ -110,11 +110,19 @@ impl Uri {
         !matches!(self, Self::Fd(_))
     }
 
+    /// For an address that is a descriptor: the connection, which must be made while its number still names it.
+    pub(crate) fn given(&self) -> Result<Option<Connection>, Cause> {
+        match self {
+            Self::Fd(number) => fd::open(self, *number).map(Some),
+            _ => Ok(None),
+        }
+    }
+
     /// Connects. Gives up after `timeout`, or soon after `stop` becomes true.
     pub(crate) fn connect(&self, timeout: Duration, stop: &AtomicBool) -> Result<Connection, Cause> {
         match self {
             Self::Tcp { host, port } => tcp::connect(self, host, *port, timeout, stop),
-            Self::Unix(path) => unix::connect(self, path),
+            Self::Unix(path) => unix::connect(self, path, timeout, stop),
             Self::Fd(number) => fd::open(self, *number),
             Self::Exec(command) => exec::spawn(self, command),
         }
@@ -127,7 +135,7 @@ pub(crate) enum Listener {
     Tcp(tcp::Listener),
     Unix(unix::Listener),
     /// Gives its connection once.
-    Fd(Uri),
+    Fd(Uri, Option<Connection>),
     /// Runs its command for every connection.
     Exec(Uri),
 }
@@ -138,7 +146,7 @@ impl Listener {
         match uri {
             Uri::Tcp { host, port } => tcp::Listener::bind(uri, host, *port).map(Self::Tcp),
             Uri::Unix(path) => unix::Listener::bind(uri, path).map(Self::Unix),
-            Uri::Fd(_) => Ok(Self::Fd(uri.clone())),
+            Uri::Fd(number) => Ok(Self::Fd(uri.clone(), Some(fd::open(uri, *number)?))),
             Uri::Exec(_) => Ok(Self::Exec(uri.clone())),
         }
     }
@@ -148,7 +156,7 @@ impl Listener {
         match self {
             Self::Tcp(listener) => listener.local_uri(),
             Self::Unix(listener) => listener.local_uri(),
-            Self::Fd(uri) | Self::Exec(uri) => uri.clone(),
+            Self::Fd(uri, _) | Self::Exec(uri) => uri.clone(),
         }
     }
 }

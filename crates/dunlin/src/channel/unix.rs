@@ -3,16 +3,45 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::{Connection, Uri};
 use crate::error::Cause;
 
-pub(super) fn connect(uri: &Uri, path: &Path) -> Result<Connection, Cause> {
-    UnixStream::connect(path)
-        .map(|stream| Connection::new(OwnedFd::from(stream), uri.to_string()))
-        .map_err(|source| Cause::Io { doing: "connect to", target: uri.to_string(), source })
+/// How often it is tried again where too many wait to be accepted.
+const LOOK: Duration = Duration::from_millis(50);
+
+pub(super) fn connect(uri: &Uri, path: &Path, timeout: Duration, stop: &AtomicBool) -> Result<Connection, Cause> {
+    let error = |source| Cause::Io { doing: "connect to", target: uri.to_string(), source };
+    let deadline = Instant::now() + timeout;
+    loop {
+        match connect_at_once(path) {
+            Ok(socket) => return Ok(Connection::new(socket, uri.to_string())),
+            // Nothing to wait on says when there is room, and a blocking attempt could not be given up.
+            Err(Errno::AGAIN) if Instant::now() < deadline => {}
+            Err(Errno::AGAIN) => return Err(error(io::ErrorKind::TimedOut.into())),
+            Err(e) => return Err(error(e.into())),
+        }
+        std::thread::sleep(LOOK);
+        if stop.load(Ordering::Acquire) {
+            return Err(Cause::Cancelled);
+        }
+    }
+}
+
+/// Connects, unless there is no room in the listener's queue.
+fn connect_at_once(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::io::ioctl_fionbio(&socket, false)?;
+    Ok(socket)
 }
 
 /// A listening Unix socket. Its file goes with it.
@@ -69,7 +98,7 @@ impl Listener {
 }
 
 fn is_stale(path: &Path) -> bool {
-    matches!(UnixStream::connect(path), Err(e) if e.kind() == io::ErrorKind::ConnectionRefused)
+    matches!(connect_at_once(path), Err(Errno::CONNREFUSED))
 }
 
 impl Drop for Listener {

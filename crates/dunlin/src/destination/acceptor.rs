@@ -147,15 +147,16 @@ impl Acceptor<'_> {
 
     /// Transports that have one connection at a time get it here.
     fn take_turn(&mut self) {
-        let opened = match &self.listener {
+        let opened = match &mut self.listener {
             Listener::Tcp(_) | Listener::Unix(_) => return,
             _ if self.exhausted || !self.waiting.is_empty() || Instant::now() < self.next_turn => return,
             _ if self.session.is_some() && lock(&self.shared.session).as_ref().is_none_or(|s| s.orphaned.is_none()) => {
                 return;
             }
-            Listener::Fd(uri) => {
+            Listener::Fd(_, connection) => {
                 self.exhausted = true;
-                uri.connect(Duration::ZERO, &self.shared.stop)
+                let Some(connection) = connection.take() else { return };
+                Ok(connection)
             }
             Listener::Exec(uri) => {
                 self.next_turn = Instant::now() + EXEC_PAUSE;
@@ -309,14 +310,16 @@ impl Acceptor<'_> {
 
     fn close(mut self) {
         self.waiting.clear();
-        if let Some((_, thread, _)) = self.session.take() {
+        if let Some((id, thread, outcome)) = self.session.take() {
             if let Some(current) = &*lock(&self.shared.session) {
                 let _ = current.events.send(Event::Cancel);
             }
             let _ = thread.join();
+            self.ended.extend(outcome.try_recv().ok().map(|outcome| (id, outcome)));
         }
         lock(&self.shared.session).take();
         drop(self.listener);
+        // A guest that has arrived may be on its way to elsewhere by now.
         if !self.ended.iter().any(|(_, outcome)| matches!(outcome, Outcome::Running(_))) {
             self.shared.guest.end_migration();
         }

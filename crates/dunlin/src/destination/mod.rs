@@ -21,7 +21,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use crate::channel::{Connection, Listener, Uri};
-use crate::error::{Cause, GuestError, MigrationError, Phase, Side};
+use crate::error::{Cause, GuestError, MigrationError, Phase, Side, one_line};
 use crate::guest::{Guest, GuestEvent};
 use crate::handover::DestinationState;
 use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
@@ -96,7 +96,7 @@ impl Shared {
     fn refused(&self, peer: &str, reason: &str) {
         let mut report = lock(&self.report);
         report.refused_connections.count += 1;
-        report.refused_connections.latest = Some(format!("{peer}: {reason}"));
+        report.refused_connections.latest = Some(one_line(&format!("{peer}: {reason}")));
     }
 
     /// The one place where the status changes, so that who watches hears of it.
@@ -110,6 +110,13 @@ impl Shared {
         *lock(&self.phase) = phase;
         self.change_status(&mut lock(&self.report), status);
         self.changed.notify_all();
+    }
+
+    /// Of what was dirty after the last round, or of all at first, what has come since, of `pages` in all, is not to come
+    /// any more.
+    fn remaining_bytes(&self, after_round_bytes: u64, pages: u64) -> u64 {
+        let arrived = pages.saturating_sub(self.pages_in_rounds.load(Ordering::Relaxed));
+        after_round_bytes.saturating_sub(arrived.saturating_mul(PAGE_SIZE))
     }
 
     fn snapshot(&self) -> Report {
@@ -132,11 +139,8 @@ impl Shared {
             report.ram.pages += channel.pages;
             report.channels.push(channel);
         }
-        // Of what was dirty after the last round, or of all at first, what has come since is not to come any more.
-        let arrived = report.ram.pages.total().saturating_sub(self.pages_in_rounds.load(Ordering::Relaxed));
         if !report.status.is_final() {
-            let arrived_bytes = arrived.saturating_mul(PAGE_SIZE);
-            report.ram.remaining_bytes = report.ram.remaining_bytes.saturating_sub(arrived_bytes);
+            report.ram.remaining_bytes = self.remaining_bytes(report.ram.remaining_bytes, report.ram.pages.total());
         }
         report.channels.sort_by_key(|channel| channel.index);
         report.cpu_seconds.destination = Some(self.cpu.total().as_secs_f64());

@@ -166,12 +166,17 @@ impl<'a> Session<'a> {
         connection.set_send_timeout(Some(timeout))?;
         let control = lock(&self.shared.control).clone();
         control.bytes.fetch_add(COUNTED_HELLO_BYTES, std::sync::atomic::Ordering::Relaxed);
-        let pages = if matches!(carries, Carries::Everything { .. }) { self.count_channel(0) } else { control.clone() };
+        let mut receiver = FrameReceiver::new(connection.clone(), control.clone());
+        let pages = match carries {
+            Carries::Everything { .. } => self.count_channel(0),
+            Carries::Control { .. } | Carries::Pages { .. } => control,
+        };
+        receiver.count_pages_in(pages.clone());
         let heard = Arc::new(LastHeard::now());
         let places = Arc::new(Places::default());
         let sender: SharedSender = Arc::new(FrameSender::new(connection.clone(), Arc::default()).into());
         let receiving = Receiving {
-            receiver: FrameReceiver::new(connection.clone(), control),
+            receiver,
             carries,
             placement: self.placement.clone(),
             counters: pages,
@@ -355,7 +360,7 @@ impl<'a> Session<'a> {
         report.predicted_downtime_seconds = Some(round.predicted_downtime_seconds);
         report.downtime_limit_seconds = done.downtime_limit.as_secs_f64();
         report.delta = done.delta;
-        report.set_throttle(done.throttle);
+        report.throttled_by(&done.throttle);
         report.not_converging = Some(done.not_converging).filter(|why| !why.is_empty());
         report.push_round(round);
     }
@@ -482,7 +487,6 @@ impl<'a> Session<'a> {
                 let mut report = lock(&self.shared.report);
                 report.total_seconds = lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
                 report.error = None;
-                report.settle_bandwidth();
                 report.not_converging = None;
                 self.shared.change_status(&mut report, Status::Completed);
                 self.shared.changed.notify_all();
@@ -557,6 +561,9 @@ impl<'a> Session<'a> {
         let error = self.shared.error(cause);
         let mut report = lock(&self.shared.report);
         report.total_seconds = lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
+        let mut pages = PageCounts::default();
+        lock(&self.shared.channels).iter().for_each(|(_, counters)| pages += counters.pages());
+        report.ram.remaining_bytes = self.shared.remaining_bytes(report.ram.remaining_bytes, pages.total());
         report.error = Some((&error).into());
         self.shared.change_status(&mut report, status);
         self.shared.changed.notify_all();

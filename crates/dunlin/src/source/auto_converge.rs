@@ -70,12 +70,6 @@ fn settings(parameters: &Parameters) -> Settings {
 impl Migration<'_> {
     /// After a round after which the guest cannot be stopped yet, or could be sooner: slows the vCPUs by what it takes.
     pub(super) fn throttle(&mut self, number: u32, verdict: &Verdict) -> Result<(), Cause> {
-        self.decide_throttle(number, verdict)?;
-        lock(&self.shared.report).set_throttle(self.shared.guest.throttled_for_migration());
-        Ok(())
-    }
-
-    fn decide_throttle(&mut self, number: u32, verdict: &Verdict) -> Result<(), Cause> {
         let machine = self.shared.guest.machine().clone();
         let (switch, limit, max_bandwidth, settings) = {
             let parameters = lock(&self.shared.parameters);
@@ -140,10 +134,8 @@ impl Migration<'_> {
     }
 
     fn set_throttle(&self, percent: &[u8]) {
-        self.shared.guest.throttle_for_migration(if percent.iter().any(|percent| *percent > 0) {
-            percent
-        } else {
-            &[]
-        });
+        let percent = if percent.iter().any(|percent| *percent > 0) { percent } else { &[] };
+        self.shared.guest.throttle_for_migration(percent);
+        lock(&self.shared.report).set_throttle(percent.to_vec());
     }
 }

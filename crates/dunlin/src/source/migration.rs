@@ -64,9 +64,13 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
     let machine = shared.guest.machine().clone();
     let track = || machine.dirty_tracker().map_err(|source| Cause::Machine { step: MachineStep::Track, source });
     let tracker = contain("source", track)?;
-    let (control, channels) = match contain("source", || setup::agree(shared, session, events, incoming)) {
-        Ok(agreed) => agreed,
+    let control = match contain("source", || setup::open(shared, session, events)) {
+        Ok(control) => control,
         Err(cause) => return switchover::fail(shared, None, cause),
+    };
+    let channels = match contain("source", || setup::agree(shared, session, &control, incoming)) {
+        Ok(channels) => channels,
+        Err(cause) => return switchover::fail(shared, Some(&control), cause),
     };
     let start = || -> Result<_, Cause> {
         tracker.start()?;
@@ -251,7 +255,7 @@ impl Migration<'_> {
             predicted_downtime: verdict.predicted,
             downtime_limit: limit,
             delta: self.shared.delta_counts(),
-            throttle: self.shared.guest.throttled_for_migration(),
+            throttle: lock(&self.shared.report).throttled(),
             not_converging: not_converging.unwrap_or_default(),
         };
         self.report_round(&round);

@@ -69,6 +69,8 @@ struct Handover {
 struct Shared {
     guest: Arc<Guest>,
     uri: Uri,
+    /// Where it is a descriptor: what that named when it was given.
+    given: Mutex<Option<Connection>>,
     began: Instant,
     parameters: Mutex<Parameters>,
     pacer: Arc<Pacer>,
@@ -179,15 +181,16 @@ impl Shared {
         let undecided = lock(&self.handover).state == SourceState::Released;
         let snapshot = self.snapshot();
         lock(&self.report).ram.remaining_bytes = snapshot.ram.remaining_bytes;
-        // The tracker goes first: once the migration is over somebody else may want one.
-        lock(&self.common).take();
+        // The tracker goes first: once the migration is over somebody else may want one. It takes its time, which nobody
+        // who asks for a report must wait for.
+        let common = lock(&self.common).take();
+        drop(common);
         if !undecided {
             self.guest.end_migration();
         }
         let mut report = lock(&self.report);
         report.total_seconds = self.began.elapsed().as_secs_f64();
         if status == Status::Completed {
-            report.settle_bandwidth();
             report.ram.remaining_bytes = 0;
             report.not_converging = None;
         }
@@ -198,6 +201,8 @@ impl Shared {
     }
 
     fn snapshot(&self) -> Report {
+        // First: what there is no more of by now is in the report.
+        let remaining = lock(&self.common).as_ref().map(|common| common.dirty.remaining_bytes.load(Ordering::Relaxed));
         let mut report = {
             // With the lock held, so that the time never goes back when the migration ends.
             let mut report = lock(&self.report);
@@ -206,10 +211,10 @@ impl Shared {
             }
             report.clone()
         };
-        if let Some(common) = &*lock(&self.common)
+        if let Some(remaining) = remaining
             && !report.status.is_final()
         {
-            report.ram.remaining_bytes = common.dirty.remaining_bytes.load(Ordering::Relaxed);
+            report.ram.remaining_bytes = remaining;
         }
         report.vcpu_throttle_percent =
             if report.status.is_final() { Vec::new() } else { self.guest.throttled_for_migration() };
@@ -268,6 +273,10 @@ impl Source {
             |cause| MigrationError { side: Side::Source, phase: Phase::Setup, guest: guest.place(Side::Source), cause };
         parameters.check().map_err(|e| failed(e.into()))?;
         guest.begin_outgoing().map_err(|e| failed(e.into()))?;
+        let given = uri.given().map_err(|cause| {
+            guest.end_migration();
+            failed(cause)
+        })?;
         let (sender, incoming) = mpsc::channel();
         let mut report = Report::new(Side::Source, guest.place(Side::Source));
         report.status = Status::Setup;
@@ -277,6 +286,7 @@ impl Source {
         let shared = Arc::new(Shared {
             guest: guest.clone(),
             uri: uri.clone(),
+            given: Mutex::new(given),
             began: Instant::now(),
             pacer: Arc::new(Pacer::new(parameters.max_bandwidth)),
             parameters: Mutex::new(parameters.clone()),
@@ -324,17 +334,23 @@ impl Source {
     /// can tell where it is. A migration that is over is not an error.
     pub fn cancel(&self) -> Result<(), MigrationError> {
         let shared = &self.shared;
-        if lock(&shared.handover).state == SourceState::Released {
-            return Err(shared.error(Phase::Handover, GuestError::InHandover.into()));
-        }
         {
+            // Held, so that either the guest is released before, or this is heard before it would be.
+            let handover = lock(&shared.handover);
+            match handover.state {
+                SourceState::Released => {
+                    return Err(shared.error(Phase::Handover, GuestError::InHandover.into()));
+                }
+                SourceState::Gone => return Ok(()),
+                SourceState::Running | SourceState::Paused | SourceState::Offered | SourceState::TookBack => {}
+            }
             let mut report = lock(&shared.report);
             if report.status.is_final() {
                 return Ok(());
             }
             shared.set_status(&mut report, Status::Cancelling);
+            shared.stop.store(true, Ordering::Release);
         }
-        shared.stop.store(true, Ordering::Release);
         if let Some(connection) = &*lock(&shared.greeting) {
             connection.shutdown();
         }

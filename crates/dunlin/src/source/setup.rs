@@ -103,7 +103,11 @@ pub(super) fn connect(
     timeout: Duration,
     stop: &AtomicBool,
 ) -> Result<Arc<Connection>, Cause> {
-    let mut connection = shared.uri.connect(timeout, stop)?;
+    let given = lock(&shared.given).take();
+    let mut connection = match given {
+        Some(connection) => connection,
+        None => shared.uri.connect(timeout, stop)?,
+    };
     connection.rename(&role.to_string());
     let connection = Arc::new(connection);
     // Whoever sets `stop` cuts this connection, so as not to have to wait for the answer.
@@ -111,7 +115,10 @@ pub(super) fn connect(
     let asked = Instant::now();
     let stopped = || stop.load(Ordering::Acquire);
     let said = if stopped() { Err(Cause::Cancelled) } else { say_hello(&connection, role, session, timeout) };
-    lock(&shared.greeting).take();
+    // One that is connected again stays there, for as long as its answers are waited for.
+    if role != Role::Reconnect || said.is_err() {
+        lock(&shared.greeting).take();
+    }
     match said {
         Err(_) if stopped() => Err(Cause::Cancelled),
         Err(cause) => Err(cause),
@@ -122,26 +129,35 @@ pub(super) fn connect(
     }
 }
 
+/// Data channels beside the control connection.
+fn data_channels(shared: &Shared) -> u8 {
+    match shared.uri.connections() {
+        Connections::Single => 0,
+        Connections::Many => lock(&shared.parameters).data_channels(),
+    }
+}
+
+/// Opens the control connection.
+pub(super) fn open(shared: &Shared, session: SessionId, events: &Sender<Event>) -> Result<Control, Cause> {
+    let timeout = lock(&shared.parameters).link_timeout;
+    let role = if data_channels(shared) == 0 { Role::Single } else { Role::Control };
+    let connection = connect(shared, role, session, timeout, &shared.stop)?;
+    shared.control.bytes.fetch_add(COUNTED_HELLO_BYTES, Ordering::Relaxed);
+    Control::open(connection, shared.control.clone(), shared, events.clone())
+}
+
 /// Agrees with the destination on everything and opens the data channels.
 pub(super) fn agree(
     shared: &Shared,
     session: SessionId,
-    events: &Sender<Event>,
+    control: &Control,
     incoming: &std::sync::mpsc::Receiver<Event>,
-) -> Result<(Control, Vec<DataChannel>), Cause> {
-    let wanted = match shared.uri.connections() {
-        Connections::Single => 0,
-        Connections::Many => lock(&shared.parameters).data_channels(),
-    };
+) -> Result<Vec<DataChannel>, Cause> {
+    let wanted = data_channels(shared);
     let (timeout, downtime_limit) = {
         let parameters = lock(&shared.parameters);
         (parameters.link_timeout, parameters.downtime_limit)
     };
-    let role = if wanted == 0 { Role::Single } else { Role::Control };
-    let control_counters = shared.control.clone();
-    let connection = connect(shared, role, session, timeout, &shared.stop)?;
-    control_counters.bytes.fetch_add(COUNTED_HELLO_BYTES, Ordering::Relaxed);
-    let control = Control::open(connection, control_counters.clone(), shared, events.clone())?;
     let machine = shared.guest.machine();
     let start = Start {
         features: features(&lock(&shared.parameters)),
@@ -153,7 +169,7 @@ pub(super) fn agree(
     let features = start.features.clone();
     let asked = Instant::now();
     control.send(&Message::Start(start))?;
-    match shared.next_message(incoming, &control)? {
+    match shared.next_message(incoming, control)? {
         Message::Accepted { features: accepted } => {
             // The hello may have waited for the peer of an `exec` connection to come up; this has not.
             shared.answered_within(asked.elapsed());
@@ -168,6 +184,7 @@ pub(super) fn agree(
     let mut channels = Vec::new();
     if wanted == 0 {
         let counters = Arc::new(ChannelCounters::default());
+        lock(&control.sender).count_pages_in(counters.clone());
         channels.push(DataChannel { sender: control.sender.clone(), counters });
     }
     for index in 0..wanted {
@@ -178,7 +195,7 @@ pub(super) fn agree(
         channels.push(DataChannel { sender: Arc::new(sender.into()), counters });
     }
     lock(&shared.channels).extend(channels.iter().map(|channel| channel.counters.clone()));
-    Ok((control, channels))
+    Ok(channels)
 }
 
 /// What the destination must know for this migration, and what it may.

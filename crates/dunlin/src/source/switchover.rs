@@ -12,7 +12,7 @@ use super::{Event, Shared};
 use crate::error::{Cause, GuestError, MachineStep, Phase, Side};
 use crate::guest::{GuestEvent, Resume};
 use crate::handover::{SourceAction, SourceEvent, SourceState};
-use crate::link::{FrameReceiver, FrameSender, contain, lock};
+use crate::link::{COUNTED_HELLO_BYTES, FrameReceiver, FrameSender, contain, lock};
 use crate::machine::StateSection;
 use crate::parameters::Switch;
 use crate::report::{Round, Status};
@@ -39,6 +39,10 @@ struct Transition {
 /// Advances the handover: the new state, the guest's ownership, and what is to be done to the guest.
 fn transition(shared: &Shared, event: SourceEvent) -> Result<Transition, Cause> {
     let mut handover = lock(&shared.handover);
+    // After this nobody can stop it.
+    if event == SourceEvent::Ready && handover.state == SourceState::Offered && shared.stop.load(Ordering::Acquire) {
+        return Err(Cause::Cancelled);
+    }
     let (next, actions) = handover.state.on(event)?;
     if actions.contains(&SourceAction::PauseGuest) {
         handover.stopped = Some(Instant::now());
@@ -152,9 +156,6 @@ impl Migration<'_> {
         self.apply(SourceEvent::Offer)?;
         self.await_ready()?;
         shared.note_part(|parts| &mut parts.load_seconds, clock.lap());
-        if self.stopped() {
-            return Err(Cause::Cancelled);
-        }
         self.apply(SourceEvent::Ready)?;
         self.await_running()?;
         // The guest runs over there: that Done cannot be sent changes nothing.
@@ -179,6 +180,7 @@ impl Migration<'_> {
         predicted_downtime: f64,
     ) -> Result<(), Cause> {
         let (transferred_bytes, pages) = self.moved();
+        let bandwidth = lock(&self.shared.report).bandwidth_bytes_per_second;
         let round = RoundDone {
             number,
             duration,
@@ -186,12 +188,12 @@ impl Migration<'_> {
             transferred_bytes,
             pages,
             dirty_bytes: 0,
-            bandwidth: (transferred_bytes as f64 / duration.as_secs_f64().max(1e-9)) as u64,
+            bandwidth,
             dirty_rate,
             predicted_downtime: Duration::try_from_secs_f64(predicted_downtime).unwrap_or_default(),
             downtime_limit: lock(&self.shared.parameters).downtime_limit,
             delta: self.shared.delta_counts(),
-            throttle: Vec::new(),
+            throttle: lock(&self.shared.report).throttled(),
             not_converging: String::new(),
         };
         lock(&self.shared.report).push_round(Round::from(&round));
@@ -380,7 +382,7 @@ impl<'a> Again<'a> {
             .ok_or(Cause::Unexpected { message: "a reconnection", expected: "a migration with a session" })?;
         let connection = setup::connect(shared, Role::Reconnect, session, timeout, &shared.abandoned)?;
         connection.set_receive_timeout(Some(timeout))?;
-        *lock(&shared.greeting) = Some(connection.clone());
+        shared.control.bytes.fetch_add(COUNTED_HELLO_BYTES, Ordering::Relaxed);
         Ok(Self {
             shared,
             sender: FrameSender::new(connection.clone(), shared.control.clone()),

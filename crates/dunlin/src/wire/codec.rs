@@ -1,6 +1,7 @@
 //! Little-endian numbers, byte strings and names, with every read checked.
 
 use super::{MAX_NAME_BYTES, WireError};
+use crate::error::one_line;
 
 /// Appends values to a byte vector.
 #[derive(Debug, Default)]
@@ -82,13 +83,14 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn name(&mut self) -> Result<String, WireError> {
-        let length = self.u8()?;
-        self.string(usize::from(length))
+        let (length, what) = (self.u8()?, self.what);
+        let name = self.string(usize::from(length))?;
+        if name.chars().any(char::is_control) { Err(WireError::Text { what }) } else { Ok(name) }
     }
 
     pub(super) fn text(&mut self) -> Result<String, WireError> {
         let length = self.u16()?;
-        self.string(usize::from(length))
+        self.string(usize::from(length)).map(|text| one_line(&text))
     }
 
     fn string(&mut self, length: usize) -> Result<String, WireError> {

@@ -71,6 +71,11 @@ impl FrameType {
         }
     }
 
+    /// Whether it is part of a round on a data channel.
+    pub(crate) fn is_of_pages(self) -> bool {
+        matches!(self, Self::Pages | Self::Mark)
+    }
+
     /// Bytes that follow the data: the checksum of pages.
     pub(crate) fn trailer_bytes(self) -> usize {
         if self == Self::Pages { PAGES_TRAILER_BYTES } else { 0 }

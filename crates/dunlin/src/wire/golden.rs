@@ -54,7 +54,7 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
                 predicted_downtime: nanos(13),
                 downtime_limit: nanos(14),
                 delta: DeltaCounts { hits: 15, misses: 16, overflows: 17, saved_bytes: 18 },
-                throttle: vec![0, 40],
+                throttle: vec![Throttled { now: 0, most: 0 }, Throttled { now: 40, most: 70 }],
                 not_converging: "slow".into(),
             })),
         ),
@@ -221,6 +221,23 @@ fn strangers_are_named() {
     let error = check_beginning(b"GET / HTTP/1.1\r\nHost:").unwrap_err().to_string();
     assert!(error.contains("GET / HTTP/1.1"), "{error}");
     assert!(check_beginning(b"DUNL").is_ok() && check_beginning(b"").is_ok());
+}
+
+/// What a peer says comes to a person's terminal: it cannot steer that, nor look like lines of its own.
+#[test]
+fn texts_are_tame() {
+    let hostile = "x\x1b]0;owned\x07\x1b[2J\ndunlin: completed\r\u{9b}1m";
+    let tame = |text: &str| !text.is_empty() && !text.chars().any(char::is_control);
+    let abort = Abort { reason: AbortReason::Failed, guest: GuestPlace::RunningAtSource, text: hostile.into() };
+    let body = Message::Abort(abort).encode();
+    let Ok(Message::Abort(abort)) = Message::decode(FrameType::Abort, &body) else { panic!("it is one") };
+    assert!(tame(&abort.text) && abort.text.ends_with("1m"), "{:?}", abort.text);
+    let reply = HelloReply::Refused { reason: hostile.into() }.encode();
+    let Ok(HelloReply::Refused { reason }) = HelloReply::decode(&reply) else { panic!("it is one") };
+    assert!(tame(&reason), "{reason:?}");
+    // Names are compared, so that they are not changed but refused.
+    let body = Message::Accepted { features: vec!["page\x1b[2J".into()] }.encode();
+    assert!(matches!(Message::decode(FrameType::Accepted, &body), Err(WireError::Text { .. })));
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::fmt;
 
 use super::codec::{Reader, Writer, cut};
 use super::{VERSION, WireError};
+use crate::error::one_line;
 
 /// First bytes of a hello and of its answer.
 pub(crate) const MAGIC: [u8; 8] = *b"DUNLIN\r\n";
@@ -201,7 +202,7 @@ impl HelloReply {
         let end = text.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
         match status {
             0 if end == 0 => Ok(Self::Welcome),
-            1 => Ok(Self::Refused { reason: String::from_utf8_lossy(text.get(..end).unwrap_or_default()).into() }),
+            1 => Ok(Self::Refused { reason: one_line(&String::from_utf8_lossy(text.get(..end).unwrap_or_default())) }),
             value => Err(WireError::Value { what: "the answer to the hello", value: u64::from(value) }),
         }
     }

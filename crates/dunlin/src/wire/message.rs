@@ -59,10 +59,18 @@ pub(crate) struct RoundDone {
     pub(crate) downtime_limit: Duration,
     /// Since the beginning.
     pub(crate) delta: DeltaCounts,
-    /// How much of each vCPU's time is taken from it, in percent; nothing if none is throttled.
-    pub(crate) throttle: Vec<u8>,
+    /// Of each vCPU; nothing if none has been throttled.
+    pub(crate) throttle: Vec<Throttled>,
     /// Why the migration does not converge, or empty.
     pub(crate) not_converging: String,
+}
+
+/// How much of a vCPU's time is taken from it, in percent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Throttled {
+    pub(crate) now: u8,
+    /// So far.
+    pub(crate) most: u8,
 }
 
 /// Source to destination, on a data channel: everything of a round has been sent on it.
@@ -305,7 +313,7 @@ impl Message {
                 [hits, misses, overflows, saved_bytes].into_iter().for_each(|count| out.u64(count));
                 let throttle = round.throttle.get(..MAX_THROTTLED).unwrap_or(&round.throttle);
                 out.u8(throttle.len() as u8);
-                out.0.extend(throttle);
+                throttle.iter().for_each(|vcpu| out.0.extend([vcpu.now, vcpu.most]));
                 out.text(&round.not_converging, MAX_TEXT_BYTES);
             }
             Self::Mark(mark) => out.u32(mark.round),
@@ -376,11 +384,14 @@ impl Message {
                 },
                 throttle: {
                     let count = input.u8()?;
-                    let percent = input.take(usize::from(count))?;
-                    if let Some(much) = percent.iter().find(|percent| **percent > 99) {
-                        return Err(WireError::Value { what: "a vCPU's throttle", value: u64::from(*much) });
-                    }
-                    percent.to_vec()
+                    let mut throttled = || {
+                        let [now, most] = [input.u8()?, input.u8()?];
+                        match now.max(most) {
+                            much @ 100.. => Err(WireError::Value { what: "a vCPU's throttle", value: u64::from(much) }),
+                            _ => Ok(Throttled { now, most }),
+                        }
+                    };
+                    (0..count).map(|_| throttled()).collect::<Result<_, _>>()?
                 },
                 not_converging: input.text()?,
             })),
