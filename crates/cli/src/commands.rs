@@ -17,6 +17,7 @@ use crate::terminal;
 const VERIFY_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long a cancelled migration may take to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
+const NOTHING_TO_CANCEL: &str = "no migration is running";
 /// How long a machine may take to end.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -26,7 +27,7 @@ pub fn cancel(at: &At) -> Result<Outcome> {
     client.execute("migrate_cancel", json!({})).context("could not cancel the migration")?;
     let sentence = match before {
         Some((_, report)) if !report.status.is_final() => until_ended(&mut client, &report)?,
-        _ => "no migration is running".to_owned(),
+        _ => NOTHING_TO_CANCEL.to_owned(),
     };
     if at.json {
         let report = connection::report(&mut client)?.map(|(json, _)| json);
@@ -44,14 +45,15 @@ fn until_ended(client: &mut Client, before: &Report) -> Result<String> {
         if report.status.is_final() {
             return Ok(format!("the migration has ended: {}; the guest is {}", report.status, report.guest));
         }
+        // It only waits: there was nothing to end, and nothing will.
+        if !connection::is_under_way(&report) {
+            return Ok(NOTHING_TO_CANCEL.to_owned());
+        }
         // A destination listens on for another.
         if before.side == Side::Destination && report.session != before.session {
             return Ok("cancelled; this side listens on".to_owned());
         }
         if Instant::now() >= deadline {
-            if before.side == Side::Destination {
-                return Ok(format!("cancelled what there was; this side is at: {}", report.status));
-            }
             bail!(
                 "the migration did not end within {CANCEL_TIMEOUT:?} ({}); look again with dunlin status",
                 report.status

@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 
 use anyhow::{Context, Result, anyhow};
-use dunlin::Report;
+use dunlin::{Report, Side, Status};
 use dunlin_monitor::{Address, Client, ClientError};
 use serde_json::{Map, Value, json};
 
@@ -36,6 +36,13 @@ pub fn report(client: &mut Client) -> Result<Option<(Value, Report)>> {
     let report = serde_json::from_value(json.clone());
     let report = report.context("the machine's report cannot be read: is it of another version of dunlin?")?;
     Ok(Some((json, report)))
+}
+
+/// Whether a migration is under way: one out that has not ended, or one in that has begun. A destination that only waits
+/// has none.
+pub fn is_under_way(report: &Report) -> bool {
+    let waits = report.side == Side::Destination && report.status == Status::Setup;
+    !report.status.is_final() && !waits
 }
 
 /// Sets parameters.

@@ -1,7 +1,7 @@
 //! `dunlin migrate`: moves a running machine and shows how it goes.
 
 use anyhow::{Result, anyhow, bail};
-use dunlin::{Report, Side, Status};
+use dunlin::Status;
 use serde_json::json;
 
 use crate::Outcome;
@@ -14,16 +14,10 @@ use crate::recording::Recorder;
 use crate::terminal;
 use dunlin_monitor::text;
 
-/// Whether it is a migration out that has not ended, or one in that has begun.
-fn is_running(report: &Report) -> bool {
-    let waits = report.side == Side::Destination && report.status == Status::Setup;
-    !report.status.is_final() && !waits
-}
-
 pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
     let mut client = connection::connect(&args.qmp)?;
     // What is set for this migration must not change another's.
-    if connection::report(&mut client)?.is_some_and(|(_, report)| is_running(&report)) {
+    if connection::report(&mut client)?.is_some_and(|(_, report)| connection::is_under_way(&report)) {
         bail!(
             "could not start a migration to {}: one is running already; dunlin status shows it, dunlin cancel ends it",
             args.uri
@@ -36,7 +30,7 @@ pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
         if let Some(recorder) = recorder {
             recorder.discard();
         }
-        let running = connection::report(&mut client)?.is_some_and(|(_, report)| !report.status.is_final());
+        let running = connection::report(&mut client)?.is_some_and(|(_, report)| connection::is_under_way(&report));
         let advice = if running { "; dunlin status shows it, dunlin cancel ends it" } else { "" };
         bail!("could not start a migration to {}: {error}{advice}", args.uri);
     }

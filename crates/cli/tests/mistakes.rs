@@ -9,6 +9,7 @@ mod common;
 
 use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use common::{DUNLIN, Machine, PATIENCE, check_error, dunlin, fails, turn, until};
 use dunlin::{GuestPlace, Status};
@@ -132,11 +133,19 @@ fn what_cannot_be_done_now() {
     fails(&["cont", "--qmp", &there], 1, &["the guest is not here yet"]);
     fails(&["stop", "--qmp", &there], 1, &["the guest is not here yet"]);
     fails(&["verify", "--qmp", &there], 1, &["not here to be verified"]);
-    fails(&["migrate", "--qmp", &there, &uri], 1, &["the guest is not here yet"]);
+    let said = fails(&["migrate", "--qmp", &there, &uri], 1, &["the guest is not here yet"]);
+    assert!(!said.contains("dunlin cancel"), "there is nothing to cancel: {said}");
     for side in [&here, &there] {
         fails(&["cont", "--take-back", "--qmp", side], 1, &["nothing is undecided"]);
     }
-    assert!(dunlin(&["cancel", "--qmp", &here]).status.success());
+    // Nor is there anything to cancel, and that is said at once.
+    for side in [&here, &there] {
+        let begun = Instant::now();
+        let cancelled = dunlin(&["cancel", "--qmp", side]);
+        assert!(cancelled.status.success(), "{cancelled:?}");
+        assert_eq!(String::from_utf8(cancelled.stdout).unwrap(), "no migration is running\n");
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    }
 
     source.set(json!({"max-bandwidth": 10_000_000}));
     assert!(dunlin(&["migrate", "--qmp", &here, &uri, "--detach"]).status.success());
