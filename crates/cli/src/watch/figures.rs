@@ -35,16 +35,32 @@ fn scaled(bytes: u64) -> (String, &'static str) {
     (format!("{value:.1}"), unit)
 }
 
-/// A time: `   22.7 ms`.
+/// From here on a time is shown as a clock does: what people write out would not fit.
+const CLOCK_SECONDS: f64 = 119.995;
+/// The longest that fits.
+const LONGEST_SECONDS: f64 = 9999.0 * 3600.0;
+
+/// A time: `   22.7 ms`, `     10:22`, `   3:00:00`.
 pub fn time(time: f64) -> String {
-    let text = format_seconds(time);
-    let text = if text.chars().count() > TIME { format!("{:.1} h", time / 3600.0) } else { text };
+    let text = match time {
+        _ if !time.is_finite() || time < CLOCK_SECONDS => format_seconds(time),
+        ..LONGEST_SECONDS => clock(time.round() as u64),
+        _ => "> 9999 h".to_owned(),
+    };
     format!("{text:>TIME$}")
 }
 
-/// A time that grows, which does not change its unit while one looks: `    0.79 s`.
+fn clock(seconds: u64) -> String {
+    let (minutes, seconds) = (seconds / 60, seconds % 60);
+    match (minutes / 60, minutes % 60) {
+        (0, minutes) => format!("{minutes}:{seconds:02}"),
+        (hours, minutes) => format!("{hours}:{minutes:02}:{seconds:02}"),
+    }
+}
+
+/// A time that grows, which changes its unit but once, into a clock's: `    0.79 s`.
 pub fn elapsed(so_far: f64) -> String {
-    if so_far < 119.995 { format!("{:>TIME$}", format!("{so_far:.2} s")) } else { time(so_far) }
+    if so_far < CLOCK_SECONDS { format!("{:>TIME$}", format!("{so_far:.2} s")) } else { time(so_far) }
 }
 
 /// A part of a whole: ` 62.0 %`.
@@ -71,9 +87,11 @@ mod tests {
                 assert_eq!(rate(bytes as f64).chars().count(), 12, "{}", rate(bytes as f64));
             }
         }
-        for span in [0.0, 0.0123, 0.9999, 1.0, 119.99, 3600.0, 99_999.0, f64::INFINITY] {
+        for span in [0.0, 0.0123, 0.9999, 1.0, 119.99, 622.0, 3600.0, 99_999.0, LONGEST_SECONDS - 1.0, 1e300] {
             assert_eq!(time(span).chars().count(), TIME, "{}", time(span));
+            assert_eq!(elapsed(span).chars().count(), TIME, "{}", elapsed(span));
         }
+        assert_eq!(time(f64::INFINITY).chars().count(), TIME);
         for part in [0.0, 0.5, 0.99999, 1.0, 7.0] {
             assert_eq!(percent(part).chars().count(), 7, "{}", percent(part));
         }
@@ -83,5 +101,27 @@ mod tests {
         assert_eq!(rate(512.0), "     512 B/s");
         assert_eq!(count(137_788), "  137788");
         assert_eq!(count(1_234_500_000), "1234.5 M");
+    }
+
+    #[test]
+    fn the_clock_goes_on() {
+        for (seconds, text) in [
+            (0.79, "0.79 s"),
+            (59.0, "59.00 s"),
+            (119.99, "119.99 s"),
+            (119.996, "2:00"),
+            (622.0, "10:22"),
+            (3599.0, "59:59"),
+            (3599.6, "1:00:00"),
+            (3.0 * 3600.0, "3:00:00"),
+            (100.0 * 3600.0 + 61.0, "100:01:01"),
+            (LONGEST_SECONDS, "> 9999 h"),
+        ] {
+            assert_eq!(elapsed(seconds).trim_start(), text);
+        }
+        assert_eq!(time(622.0).trim_start(), "10:22");
+        // From second to second, and never back to what was shown before.
+        let mut shown = std::collections::BTreeSet::new();
+        assert!((0..=4000).all(|second| shown.insert(elapsed(f64::from(second)))));
     }
 }

@@ -201,6 +201,24 @@ fn nothing_jumps() {
     }
 }
 
+/// A migration of more than ten minutes: the time in the title and those of the channels go on from second to second.
+#[test]
+fn the_clock_of_a_long_migration() {
+    let shown = |seconds: f64| lines(&buffer(&watched([report(seconds, 100)]), 80, 24));
+    let (now, a_second_later, much_later) = (shown(622.0), shown(623.0), shown(3.0 * 3600.0));
+    assert!(now[0].ends_with(" 10:22"), "{now:#?}");
+    assert!(a_second_later[0].ends_with(" 10:23"), "{a_second_later:#?}");
+    assert!(much_later[0].ends_with(" 3:00:00"), "{much_later:#?}");
+    // Busy and waiting, in the columns that they have in a short one.
+    let channels = |lines: &[String]| lines.iter().filter(|line| line.contains("      2:36        5:11 ")).count();
+    assert_eq!(channels(&now), 2, "{now:#?}");
+    let ends = |line: &str, of: &str| line.find(of).map(|at| at + of.len());
+    let short = shown(12.0);
+    let (short, long) =
+        (short.iter().find(|line| line.contains("6.00 s")), now.iter().find(|line| line.contains("5:11")));
+    assert_eq!(ends(short.unwrap(), "6.00 s"), ends(long.unwrap(), "5:11"));
+}
+
 /// Whatever the size, and whatever the report says.
 #[test]
 fn any_size() {
