@@ -460,7 +460,8 @@ pub struct Migrate {
     /// Where to: tcp:HOST:PORT, unix:PATH, fd:N or exec:COMMAND.
     #[arg(value_parser = uri)]
     pub uri: Uri,
-    /// Set a parameter of the migration; may be repeated. `dunlin parameters` lists them.
+    /// Set a parameter at the machine; may be repeated. It stays set there after this migration, for the next ones too.
+    /// `dunlin parameters` lists them.
     #[arg(long, value_name = "NAME=VALUE", value_parser = setting, add = ArgValueCompleter::new(completion::settings))]
     pub set: Vec<Setting>,
     /// Do not wait for the end.

@@ -23,9 +23,15 @@ pub fn migrate(args: &Migrate, interrupts: &Interrupts) -> Result<Outcome> {
             args.uri
         );
     }
-    connection::set(&mut client, &args.set)?;
     let machine = args.qmp.to_string();
+    // First what changes nothing at the machine when it is refused.
     let mut recorder = args.record.as_ref().map(|path| Recorder::create(path, &machine)).transpose()?;
+    if let Err(error) = connection::set(&mut client, &args.set) {
+        if let Some(recorder) = recorder {
+            recorder.discard();
+        }
+        return Err(error);
+    }
     if let Err(error) = client.execute("migrate", json!({"uri": args.uri.to_string()})) {
         if let Some(recorder) = recorder {
             recorder.discard();

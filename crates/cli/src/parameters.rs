@@ -72,6 +72,9 @@ A parameter is set for the next migration, and where it is live also for the one
 `migrate-set-parameters` in [QMP](qmp.md). Those of type bool are QEMU's capabilities too. A number without a unit counts
 the parameter's own unit, everywhere; on the command line and in the monitor other units can be given: `300M/s`, `64K`,
 `1.5s`, `50%`. `K`, `M`, `G` and `T` are powers of 1024.
+
+What is set at a machine stays set: `dunlin migrate --set` too is for that migration and for those after it, until the
+parameter is set again.
 ";
 
 fn markdown() -> String {

@@ -225,6 +225,27 @@ fn a_destination_that_is_busy() {
     println!("{}", second.verified());
 }
 
+/// What is refused for its recording has set nothing.
+#[test]
+fn a_recording_that_exists() {
+    let _turn = turn();
+    let directory = tempfile::tempdir().unwrap();
+    let source = Machine::source(directory.path(), "16M", "idle", &[]);
+    let limit = || source.execute("query-migrate-parameters", json!({}))["downtime-limit"].clone();
+    let before = limit();
+    let record = directory.path().join("a.jsonl");
+    std::fs::write(&record, "mine").unwrap();
+    let record = record.to_str().unwrap();
+    let migrate = ["migrate", "--qmp", &at(&source), "unix:/nowhere/b", "--set", "downtime-limit=77ms", "--record"];
+    fails(&[&migrate[..], &[record]].concat(), 1, &[record, "exists already"]);
+    assert_eq!((limit(), std::fs::read_to_string(record).unwrap().as_str()), (before, "mine"));
+    // And what is set stays, as --help says.
+    let fresh = directory.path().join("b.jsonl");
+    fails(&[&migrate[..], &[fresh.to_str().unwrap()]].concat(), 1, &["/nowhere/b"]);
+    assert_eq!(limit(), 77);
+    assert!(dunlin(&["migrate", "--help"]).stdout.windows(9).any(|words| words == b"stays set"));
+}
+
 /// A command in a file system where /dev/kvm is a file that nobody can use; nothing where that cannot be arranged.
 fn without_kvm(arguments: &[&str]) -> Option<Output> {
     let script = "mount --bind /dev/null /dev/kvm && exec \"$0\" \"$@\"";
