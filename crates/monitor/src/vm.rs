@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use crate::descriptors::{DescriptorError, Descriptors};
 use crate::events::{Deliverer, Events, ShutdownCause};
+use crate::incoming;
 use crate::migration_info;
 use crate::route::Route;
 
@@ -258,7 +259,7 @@ impl Vm {
         match self.latest() {
             Latest::None => None,
             Latest::Outgoing(source) => Some(source.report()),
-            Latest::Incoming(destination) => Some(destination.report()),
+            Latest::Incoming(destination) => Some(incoming::report(&destination)),
         }
     }
 
@@ -268,10 +269,12 @@ impl Vm {
         migration_info::migration_info(self.report().as_ref(), self.listening_on().as_ref(), &in_force)
     }
 
-    /// Where a migration in is listened for.
+    /// Where a migration in is listened for, while one can still come.
     pub fn listening_on(&self) -> Option<Uri> {
         match self.latest() {
-            Latest::Incoming(destination) if destination.report().status != Status::Completed => {
+            Latest::Incoming(destination)
+                if destination.is_listening() && destination.report().status != Status::Completed =>
+            {
                 Some(destination.local_uri().clone())
             }
             _ => None,

@@ -190,6 +190,47 @@ fn a_named_descriptor_is_used_up_unless_the_command_is_refused() {
     }
 }
 
+/// An `fd:` has one connection. When that has come to nothing nobody is told to wait any more, and another may be tried.
+#[test]
+fn a_destination_whose_only_connection_came_to_nothing() {
+    let served = serve(Vm::new(Guest::awaited(tiny()), None));
+    let mut raw = Raw::negotiated(&served);
+    let wait_at = |raw: &mut Raw, theirs: UnixStream| {
+        send_with_descriptor(raw, r#"{"execute": "getfd", "arguments": {"fdname": "a"}}"#, &theirs);
+        assert_eq!(raw.line(), json!({"return": {}}));
+        raw.ask(r#"{"execute": "migrate-incoming", "arguments": {"uri": "fd:a"}}"#)
+    };
+    let info = r#"{"execute": "human-monitor-command", "arguments": {"command-line": "info migrate"}}"#;
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    assert_eq!(wait_at(&mut raw, theirs), json!({"return": {}}));
+    assert_eq!(raw.ask(r#"{"execute": "query-migrate"}"#)["return"]["status"], "setup");
+    let said = raw.ask(info)["return"].as_str().unwrap().to_owned();
+    assert!(said.starts_with("waiting for a migration on fd:"), "{said}");
+
+    drop(ours);
+    let begun = Instant::now();
+    let ended = loop {
+        let answer = raw.ask(r#"{"execute": "query-migrate"}"#)["return"].clone();
+        if answer["status"] == "failed" {
+            break answer;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(10), "{answer}");
+        thread::sleep(Duration::from_millis(5));
+    };
+    let why = ended["error-desc"].as_str().unwrap();
+    assert!(why.contains("no migration can come in on fd:") && why.contains("the guest is at the source"), "{why}");
+    assert_eq!(ended.get("downtime"), None);
+    let said = raw.ask(info)["return"].as_str().unwrap().to_owned();
+    assert!(said.contains("failed: ") && said.contains(why) && !said.contains("waiting for"), "{said}");
+    let report = raw.ask(r#"{"execute": "query-migration-report"}"#)["return"].clone();
+    assert_eq!((&report["status"], &report["error"]["phase"]), (&json!("failed"), &json!("setup")));
+    assert_eq!(raw.ask(r#"{"execute": "migrate_cancel"}"#), json!({"return": {}}));
+
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    assert_eq!(wait_at(&mut raw, theirs), json!({"return": {}}));
+    assert_eq!(raw.ask(r#"{"execute": "query-migrate"}"#)["return"]["status"], "setup");
+}
+
 #[test]
 fn a_client_that_reads_late_gets_everything() {
     let served = serve_tiny();
