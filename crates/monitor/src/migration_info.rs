@@ -96,8 +96,10 @@ fn members(report: &Report) -> Map<String, Value> {
         let expected = report.predicted_downtime_seconds.unwrap_or(report.downtime_limit_seconds);
         put("expected-downtime", milliseconds(expected));
     }
-    if report.status == Status::Completed || report.downtime_seconds > 0.0 {
-        put("downtime", milliseconds(report.downtime_seconds));
+    if let Some(downtime) = downtime_seconds(report)
+        && (report.status == Status::Completed || downtime > 0.0)
+    {
+        put("downtime", milliseconds(downtime));
     }
     // QEMU throttles all vCPUs alike.
     if let Some(percent) = report.vcpu_throttle_percent.iter().max().filter(|percent| **percent > 0) {
@@ -107,6 +109,13 @@ fn members(report: &Report) -> Map<String, Value> {
         put("error-desc", error.message.clone().into());
     }
     info
+}
+
+/// How long the guest has stood still, or nothing where this side does not know: the source measures it, and tells the
+/// destination last of all, if it still can.
+pub(crate) fn downtime_seconds(report: &Report) -> Option<f64> {
+    let is_known = report.side == Side::Source || report.downtime_parts.is_some() || report.downtime_seconds > 0.0;
+    is_known.then_some(report.downtime_seconds)
 }
 
 fn milliseconds(seconds: f64) -> Value {
@@ -271,6 +280,22 @@ mod tests {
         assert_eq!(info["error-desc"], "source, handover: cancelled");
         assert_eq!(info["ram"]["downtime-bytes"], 4_000_000);
         assert_eq!(info.get("expected-downtime"), None);
+    }
+
+    /// A source measures its downtime; a destination has it from the source, and says nothing until then.
+    #[test]
+    fn a_downtime_that_is_not_known() {
+        let downtime =
+            |report: &Report| migration_info(Some(report), None, &Parameters::default()).get("downtime").cloned();
+        let mut report = report();
+        report.status = Status::Completed;
+        assert_eq!(downtime(&report), Some(json!(0)));
+        report.side = Side::Destination;
+        assert_eq!(downtime(&report), None);
+        report.downtime_parts = Some(DowntimeParts::default());
+        assert_eq!(downtime(&report), Some(json!(0)));
+        report.downtime_seconds = 0.0021;
+        assert_eq!(downtime(&report), Some(json!(2)));
     }
 
     #[test]

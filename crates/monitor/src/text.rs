@@ -4,9 +4,11 @@
 
 use std::fmt::Write;
 
-use dunlin::Report;
 use dunlin::report::{ChannelReport, DeltaCounts, PageCounts, Round};
 use dunlin::units::{format_seconds as seconds, format_size};
+use dunlin::{Report, Status};
+
+use crate::migration_info::downtime_seconds;
 
 /// The report, as lines.
 pub fn report(report: &Report) -> String {
@@ -88,9 +90,10 @@ fn percentages(percent: &[u8]) -> String {
 }
 
 fn downtime(report: &Report) -> String {
-    let mut text = match report.downtime_seconds {
-        none if none <= 0.0 => "none yet".to_owned(),
-        some => seconds(some),
+    let mut text = match downtime_seconds(report) {
+        None if report.status == Status::Completed => "not told by the source".to_owned(),
+        Some(some) if some > 0.0 => seconds(some),
+        _ => "none yet".to_owned(),
     };
     text.push_str(&format!(" (limit {}", seconds(report.downtime_limit_seconds)));
     if let Some(predicted) = report.predicted_downtime_seconds {

@@ -92,6 +92,19 @@ fn the_text_is_what_was_written_down() {
     assert_eq!(exposition(None).lines().count(), 3);
 }
 
+#[test]
+fn a_destination_has_no_downtime_before_it_is_told() {
+    let has_downtime = |report: &Report| exposition(Some(report)).contains("dunlin_migration_downtime_seconds{");
+    let mut arrived = report();
+    assert!(has_downtime(&arrived));
+    arrived.side = Side::Destination;
+    assert!(has_downtime(&arrived));
+    (arrived.downtime_seconds, arrived.downtime_parts) = (0.0, None);
+    assert!(!has_downtime(&arrived));
+    arrived.side = Side::Source;
+    assert!(has_downtime(&arrived));
+}
+
 /// Where Python's client of Prometheus is, if it is anywhere.
 fn python_client() -> Option<PathBuf> {
     let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/python");

@@ -4,6 +4,7 @@ use dunlin::report::{ChannelReport, DowntimeParts};
 use dunlin::{GuestPlace, Report, Side, Status};
 
 use super::exposition::{Text, Type};
+use crate::migration_info::downtime_seconds;
 
 /// The statuses, each a sample of its own: the one that holds is 1.
 const STATUSES: [Status; 9] = [
@@ -102,11 +103,14 @@ impl Figures<'_> {
                 predicted,
             );
         }
-        gauge(
-            "dunlin_migration_downtime_seconds",
-            "vCPUs stopped at the source to vCPUs running again; 0 while neither has happened.",
-            report.downtime_seconds,
-        );
+        if let Some(downtime) = downtime_seconds(report) {
+            gauge(
+                "dunlin_migration_downtime_seconds",
+                "vCPUs stopped at the source to vCPUs running again; 0 while neither has happened. At a destination once \
+                 the source has told it.",
+                downtime,
+            );
+        }
         if let Some(parts) = report.downtime_parts {
             let mut family =
                 text.family("dunlin_migration_downtime_part_seconds", Type::Gauge, "What the downtime is made of.");
