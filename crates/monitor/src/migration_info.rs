@@ -118,6 +118,14 @@ pub(crate) fn downtime_seconds(report: &Report) -> Option<f64> {
     is_known.then_some(report.downtime_seconds)
 }
 
+/// How often the dirty bitmap was looked at, as QEMU counts: at the end of the setup, and after each round.
+fn dirty_syncs(report: &Report) -> u32 {
+    let travels = matches!(report.status, Status::Active | Status::PreSwitchover | Status::Device | Status::Completed);
+    let rounds = report.rounds_ended();
+    let is_set_up = travels || rounds > 0 || report.ram.pages.total() > 0;
+    if is_set_up { rounds.saturating_add(1) } else { 0 }
+}
+
 fn milliseconds(seconds: f64) -> Value {
     Value::from((seconds * 1e3).round() as u64)
 }
@@ -147,7 +155,7 @@ fn ram(report: &Report) -> Value {
         "normal-bytes": normal.saturating_mul(PAGE_SIZE),
         "dirty-pages-rate": report.dirty_bytes_per_second / PAGE_SIZE,
         "mbps": report.bandwidth_bytes_per_second as f64 * 8.0 / 1e6,
-        "dirty-sync-count": report.rounds_ended(),
+        "dirty-sync-count": dirty_syncs(report),
         "page-size": PAGE_SIZE,
         "pages-per-second": pages_per_second,
         "multifd-bytes": multifd_bytes,
@@ -253,7 +261,7 @@ mod tests {
                 "status": "active", "total-time": 2034, "setup-time": 12, "expected-downtime": 300,
                 "ram": {
                     "transferred": 5_000_000, "remaining": 8192, "total": 1 << 30, "duplicate": 7, "normal": 1000,
-                    "normal-bytes": 4_096_000, "dirty-pages-rate": 10, "mbps": 1000.0, "dirty-sync-count": 1,
+                    "normal-bytes": 4_096_000, "dirty-pages-rate": 10, "mbps": 1000.0, "dirty-sync-count": 2,
                     "page-size": 4096, "pages-per-second": 2000, "multifd-bytes": 30, "precopy-bytes": 5_000_000,
                     "downtime-bytes": 0, "postcopy-bytes": 0, "postcopy-requests": 0,
                     "dirty-sync-missed-zero-copy": 0,
@@ -296,6 +304,27 @@ mod tests {
         assert_eq!(downtime(&report), Some(json!(0)));
         report.downtime_seconds = 0.0021;
         assert_eq!(downtime(&report), Some(json!(2)));
+    }
+
+    #[test]
+    fn syncs_of_the_dirty_bitmap() {
+        let syncs = |report: &Report| ram(report)["dirty-sync-count"].clone();
+        let mut fresh = Report::new(Side::Source, GuestPlace::RunningAtSource);
+        for status in [Status::None, Status::Setup, Status::Failed] {
+            fresh.status = status;
+            assert_eq!(syncs(&fresh), 0, "{status}");
+        }
+        fresh.status = Status::Active;
+        assert_eq!(syncs(&fresh), 1);
+        // It never goes back.
+        fresh.ram.pages.zero = 1;
+        for status in [Status::Cancelling, Status::Cancelled] {
+            fresh.status = status;
+            assert_eq!(syncs(&fresh), 1, "{status}");
+        }
+        let mut report = report();
+        report.status = Status::Failed;
+        assert_eq!(syncs(&report), 2);
     }
 
     #[test]

@@ -136,6 +136,11 @@ fn framing_by_syntax_and_resync() {
     let long = format!(r#"{{"execute": "{}"}}"#, "x".repeat(2 << 20));
     assert!(raw.ask(&long)["error"]["desc"].as_str().unwrap().contains("longer than"));
     assert_eq!(raw.ask(stop), json!({"return": {}}));
+    // The id is one level below the command.
+    let nested =
+        |depth: usize| format!(r#"{{"execute": "query-name", "id": {}{}}}"#, "[".repeat(depth), "]".repeat(depth));
+    assert_eq!(raw.ask(&nested(126))["return"], json!({}));
+    assert_eq!(raw.ask(&nested(127))["error"]["class"], "GenericError");
     for depth in [200, 10_000] {
         let deep = format!("{{\"execute\": {}{}}}", "[".repeat(depth), "]".repeat(depth));
         assert_eq!(raw.ask(&deep)["error"]["class"], "GenericError");

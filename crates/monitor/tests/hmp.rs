@@ -216,6 +216,7 @@ fn the_guest_and_its_migrations() {
     talk.refuses("calc_dirty_rate soon", &["'soon'", "500ms", "[SECONDS] [PAGES]"]);
     talk.refuses("calc_dirty_rate 90", &["50 ms to 60 s"]);
     talk.refuses("calc_dirty_rate -r -b", &["one way of measuring"]);
+    talk.refuses("calc_dirty_rate -b 1 512", &["'512' is too much"]);
     talk.refuses("set_vcpu_throttle 20", &["throttle"]);
     assert_eq!(talk.says("info vcpu_throttle"), "this machine cannot throttle its vCPUs\n");
 

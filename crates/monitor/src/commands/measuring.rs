@@ -12,8 +12,8 @@ use crate::schema::{Enum, Object, Type, optional, required};
 pub(super) static COMMANDS: &[Command] = &[
     Command {
         name: "calc-dirty-rate",
-        help: "Begins to measure how fast the guest dirties its RAM, for `calc-time`. `sample-pages` are of each GiB, in mode \
-               `page-sampling`, which is the default.",
+        help: "Begins to measure how fast the guest dirties its RAM, for `calc-time`. `sample-pages` are of each GiB, and only for \
+               mode `page-sampling`, which is the default.",
         takes: &CALCULATE,
         gives: NOTHING,
         oob: Oob::Refused,
@@ -76,16 +76,21 @@ fn calc_dirty_rate(call: Call<'_>) -> Result<Value, Refusal> {
     };
     let calc_time = natural("calc-time")?.unwrap_or(0);
     let defaults = DirtyRateRequest::default();
+    let mode = match arguments.text("mode") {
+        Some("dirty-bitmap") => DirtyRateMode::DirtyBitmap,
+        Some("dirty-ring") => DirtyRateMode::DirtyRing,
+        _ => DirtyRateMode::PageSampling,
+    };
+    // Nothing is sampled in the others: who says how much has another mode in mind.
+    if mode != DirtyRateMode::PageSampling && arguments.has("sample-pages") {
+        return Err(Refusal::generic("Parameter 'sample-pages' is only for mode 'page-sampling'"));
+    }
     let request = DirtyRateRequest {
         calc_time: match arguments.text("calc-time-unit") {
             Some("millisecond") => Duration::from_millis(calc_time),
             _ => Duration::from_secs(calc_time),
         },
-        mode: match arguments.text("mode") {
-            Some("dirty-bitmap") => DirtyRateMode::DirtyBitmap,
-            Some("dirty-ring") => DirtyRateMode::DirtyRing,
-            _ => DirtyRateMode::PageSampling,
-        },
+        mode,
         sample_pages: natural("sample-pages")?.unwrap_or(defaults.sample_pages),
     };
     done(call.vm.guest().calc_dirty_rate(&request))

@@ -26,6 +26,10 @@ pub(super) fn calc(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
         request.calc_time = time.map_err(|_| not_that(word, "a time, such as 2 or 500ms"))?;
     }
     if let Some(word) = given.word(1) {
+        // Nothing is sampled otherwise.
+        if mode != DirtyRateMode::PageSampling {
+            return Err(HmpError::TooMuch { word: word.to_owned(), usage: given.command.usage() });
+        }
         request.sample_pages = word.parse().map_err(|_| not_that(word, "a number of pages of each GiB"))?;
     }
     vm.guest().calc_dirty_rate(&request)?;
