@@ -154,7 +154,7 @@ fn ram(report: &Report) -> Value {
         "normal": normal,
         "normal-bytes": normal.saturating_mul(PAGE_SIZE),
         "dirty-pages-rate": report.dirty_bytes_per_second / PAGE_SIZE,
-        "mbps": report.bandwidth_bytes_per_second as f64 * 8.0 / 1e6,
+        "mbps": bytes_per_second(report) * 8.0 / 1e6,
         "dirty-sync-count": dirty_syncs(report),
         "page-size": PAGE_SIZE,
         "pages-per-second": pages_per_second,
@@ -165,6 +165,16 @@ fn ram(report: &Report) -> Value {
         "postcopy-requests": 0,
         "dirty-sync-missed-zero-copy": 0,
     })
+}
+
+/// QEMU's `mbps` changes its meaning: in the end it is that of everything after the setup.
+fn bytes_per_second(report: &Report) -> f64 {
+    let seconds = report.total_seconds - report.setup_seconds;
+    if report.status == Status::Completed && seconds > 0.0 {
+        report.ram.transferred_bytes as f64 / seconds
+    } else {
+        report.bandwidth_bytes_per_second as f64
+    }
 }
 
 /// The two rates are those of the whole migration.
@@ -288,6 +298,15 @@ mod tests {
         assert_eq!(info["error-desc"], "source, handover: cancelled");
         assert_eq!(info["ram"]["downtime-bytes"], 4_000_000);
         assert_eq!(info.get("expected-downtime"), None);
+    }
+
+    #[test]
+    fn the_rate_in_the_end_is_of_all_of_it() {
+        let mut report = report();
+        report.status = Status::Completed;
+        (report.setup_seconds, report.total_seconds) = (1.0, 6.0);
+        let info = migration_info(Some(&report), None, &Parameters::default());
+        assert_eq!(info["ram"]["mbps"], 8.0);
     }
 
     /// A source measures its downtime; a destination has it from the source, and says nothing until then.
