@@ -1,0 +1,71 @@
+//! What `query-migrate` says of a real migration, on both sides, against the report, whose figures are checked against
+//! counts of their own elsewhere, and against each other.
+
+// Clippy's exception for tests does not reach the functions that they call.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
+#![allow(dead_code, reason = "each test binary uses a part of the harness")]
+
+mod common;
+
+use common::{Machine, turn};
+use dunlin::Report;
+use serde_json::{Value, json};
+
+const PAGE: u64 = 4096;
+
+fn check(machine: &Machine, report: &Report) {
+    let info = machine.execute("query-migrate", json!({}));
+    let (ram, name) = (&info["ram"], machine.name);
+    let number = |value: &Value| value.as_u64().unwrap_or_else(|| panic!("{name}: {value} in {info}"));
+    let milliseconds = |seconds: f64| (seconds * 1e3).round() as u64;
+    assert_eq!(info["status"], "completed", "{name}");
+    for (figure, seconds) in [
+        ("total-time", report.total_seconds),
+        ("setup-time", report.setup_seconds),
+        ("downtime", report.downtime_seconds),
+    ] {
+        assert_eq!(number(&info[figure]), milliseconds(seconds), "{name}: {figure}");
+    }
+    let pages = report.ram.pages;
+    let compressed = pages.plain + pages.lz4 + pages.zstd;
+    let last = report.rounds.last().unwrap();
+    let of_channels: u64 = report.channels.iter().map(|channel| channel.transferred_bytes).sum();
+    for (figure, wanted) in [
+        ("total", 64 << 20),
+        ("remaining", 0),
+        ("transferred", report.ram.transferred_bytes),
+        ("duplicate", pages.zero),
+        ("normal", compressed),
+        ("normal-bytes", compressed * PAGE),
+        ("page-size", PAGE),
+        ("dirty-pages-rate", report.dirty_bytes_per_second / PAGE),
+        ("multifd-bytes", of_channels),
+        ("downtime-bytes", last.transferred_bytes + report.device_state_bytes),
+        ("precopy-bytes", report.ram.transferred_bytes - last.transferred_bytes - report.device_state_bytes),
+    ] {
+        assert_eq!(number(&ram[figure]), wanted, "{name}: {figure}");
+    }
+    let seconds = report.total_seconds - report.setup_seconds;
+    let mbps = report.ram.transferred_bytes as f64 * 8.0 / 1e6 / seconds;
+    assert!((ram["mbps"].as_f64().unwrap() / mbps - 1.0).abs() < 1e-3, "{name}: {} of {mbps}", ram["mbps"]);
+    // A second of a limited link is what it may carry.
+    assert!((0.5..1.1).contains(&(mbps / (20.0 * 1.048_576 * 8.0))), "{name}: {mbps}");
+    assert!(number(&ram["dirty-sync-count"]) > report.rounds.last().map_or(0, |round| u64::from(round.number)));
+}
+
+#[test]
+fn it_has_qemus_units() {
+    let _turn = turn();
+    let directory = tempfile::tempdir().unwrap();
+    let destination = Machine::destination(directory.path(), "64M");
+    let source =
+        Machine::source(directory.path(), "64M", "pattern=uniform,rate=2M/s,working-set=4M,content=random", &[]);
+    source.set(json!({"max-bandwidth": 20 << 20, "multifd-channels": 3}));
+    source.migrate(&destination.address());
+    let (here, there) = (source.completed(), destination.completed());
+    common::until("Done", common::PATIENCE, || destination.report().filter(|report| report.downtime_parts.is_some()));
+    let there = destination.report().unwrap_or(there);
+    check(&source, &here);
+    check(&destination, &there);
+    destination.verified();
+}
