@@ -117,6 +117,16 @@ impl Drop for Machine {
 impl Machine {
     /// Starts one in `directory`.
     pub fn start(name: &'static str, directory: &Path, arguments: &[&str]) -> Self {
+        Self::start_in(name, directory, arguments, &[])
+    }
+
+    /// Starts one with these environment variables.
+    pub fn start_in(
+        name: &'static str,
+        directory: &Path,
+        arguments: &[&str],
+        environment: &[(&'static str, &'static str)],
+    ) -> Self {
         let qmp = directory.join(format!("{name}.qmp"));
         let log = directory.join(format!("{name}.log"));
         let child = Command::new(DUNLIN)
@@ -124,6 +134,7 @@ impl Machine {
             .args(arguments)
             .args(["--qmp", &format!("unix:{}", qmp.display())])
             .args(["--exit-with-parent", &std::process::id().to_string()])
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(&log).unwrap())
