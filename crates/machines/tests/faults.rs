@@ -565,3 +565,27 @@ fn nobody_accepts() {
     assert!(Destination::listen(&to.guest, &uri, &parameters(&[])).is_err());
     assert!(path.exists() && from.guest.is_running());
 }
+
+/// Another source knocks while a migration is coming in, and is heard when that one has just arrived.
+#[test]
+fn a_second_source_at_the_end_of_the_first() {
+    for run in 0..5 {
+        let (first, second) = (source(4 * MIB, 1, WORKLOAD, 3), source(4 * MIB, 1, WORKLOAD, 4));
+        let to = empty(4 * MIB, 1);
+        let destination = to.listen("tcp:127.0.0.1:0", &parameters(&[]));
+        let waits = parameters(&[("pause-before-switchover", "on")]);
+        let migration = first.migrate(destination.local_uri(), &waits);
+        until("the first waits", || migration.report().status == Status::PreSwitchover);
+        let late = second.migrate(destination.local_uri(), &parameters(&[]));
+        std::thread::sleep(Duration::from_millis(100 + 40 * run));
+        migration.resume_switchover(Status::PreSwitchover).unwrap();
+        let (here, late) = (migration.wait(), late.wait());
+        assert_eq!(here.status, Status::Completed, "{}", one_line(&here));
+        assert_eq!((late.status, late.guest), (Status::Failed, GuestPlace::RunningAtSource), "{}", one_line(&late));
+        assert_eq!(destination.wait().status, Status::Completed);
+        until("nobody is listened for any more", || !destination.is_listening());
+        assert!(to.guest.is_running() && !first.guest.is_running() && second.guest.is_running());
+        to.assert_good("of the first");
+        second.assert_good("of the second");
+    }
+}

@@ -82,10 +82,13 @@ pub(super) fn run(shared: &Arc<Shared>, listener: Listener) {
 }
 
 impl Acceptor<'_> {
+    fn has_arrived(&self) -> bool {
+        self.ended.iter().any(|(_, outcome)| matches!(outcome, Outcome::Running(_)))
+    }
+
     fn is_over(&self) -> bool {
-        let arrived = self.ended.iter().any(|(_, outcome)| matches!(outcome, Outcome::Running(_)));
         let deaf = self.exhausted && self.session.is_none() && self.waiting.is_empty();
-        arrived || deaf || self.shared.stop.load(Ordering::Acquire)
+        self.has_arrived() || deaf || self.shared.stop.load(Ordering::Acquire)
     }
 
     /// Sleeps until there is something to do, and accepts what has come.
@@ -248,6 +251,10 @@ impl Acceptor<'_> {
     /// A new migration.
     fn begin(&mut self, waiting: Waiting, hello: Hello) -> Verdict {
         self.collect_session();
+        if self.has_arrived() {
+            self.refuse(&waiting.connection, "the guest of another migration is here".to_owned());
+            return Verdict::Settled;
+        }
         if self.session.is_some() {
             return self.busy(waiting);
         }
@@ -318,9 +325,10 @@ impl Acceptor<'_> {
             self.ended.extend(outcome.try_recv().ok().map(|outcome| (id, outcome)));
         }
         lock(&self.shared.session).take();
+        let arrived = self.has_arrived();
         drop(self.listener);
         // A guest that has arrived may be on its way to elsewhere by now.
-        if !self.ended.iter().any(|(_, outcome)| matches!(outcome, Outcome::Running(_))) {
+        if !arrived {
             self.shared.guest.end_migration();
         }
         // Under the report's lock, so that nobody who waits misses it.
