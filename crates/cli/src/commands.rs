@@ -51,7 +51,10 @@ fn until_ended(client: &mut Client, before: &Report) -> Result<String> {
         }
         // A destination listens on for another.
         if before.side == Side::Destination && report.session != before.session {
-            return Ok("cancelled; this side listens on".to_owned());
+            return Ok(match connection::is_under_way(before) {
+                true => "cancelled; this side listens on".to_owned(),
+                false => "no migration was running; one has begun since".to_owned(),
+            });
         }
         if Instant::now() >= deadline {
             bail!(

