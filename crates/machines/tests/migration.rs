@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::proxy::{Harm, Moment, Proxy, Way};
 use common::{MIB, Random, empty, move_guest, parameters, runs, source, splice, until};
-use dunlin::{Status, Uri};
+use dunlin::{Destination, Source, Status, Uri};
 
 #[test]
 fn random_migrations() {
@@ -126,9 +126,10 @@ fn over_a_descriptor() {
         (format!("fd:{}", file.as_raw_fd()), "not a connected stream socket"),
         ("fd:987654".to_owned(), "Bad file descriptor"),
     ] {
-        let report = other.migrate(&uri.parse().unwrap(), &parameters(&[])).wait();
-        let message = report.error.unwrap().message;
+        // At once, and what is refused is not in the way of another.
+        let message = Source::start(&other.guest, &uri.parse().unwrap(), &parameters(&[])).unwrap_err().to_string();
         assert!(message.contains(reason) && message.ends_with("running at the source"), "{message}");
+        assert!(Destination::listen(&empty(4 * MIB, 1).guest, &uri.parse().unwrap(), &parameters(&[])).is_err());
     }
 }
 
