@@ -6,7 +6,7 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
 
 use dunlin::Uri;
@@ -53,6 +53,8 @@ struct Shared {
     to_destination: AtomicU64,
     to_source: AtomicU64,
     open: Mutex<Vec<TcpStream>>,
+    /// Held to write while a frame is forwarded after which there is to be harm.
+    forwarding: RwLock<()>,
 }
 
 pub struct Proxy {
@@ -76,6 +78,7 @@ impl Proxy {
             to_destination: AtomicU64::new(0),
             to_source: AtomicU64::new(0),
             open: Mutex::default(),
+            forwarding: RwLock::default(),
         });
         let accepting = shared.clone();
         let thread = std::thread::spawn(move || {
@@ -214,10 +217,15 @@ fn pump(shared: &Shared, way: Way, mut from: TcpStream, mut to: TcpStream) {
                 let at = at.min(whole.len() - 1);
                 shared.harm(&mut whole, at);
             }
+            let after = control && shared.moment == Moment::After(frame_type);
+            // What answers it does not get through before the harm.
+            let alone = after.then(|| shared.forwarding.write().unwrap());
+            let beside = (!after).then(|| shared.forwarding.read().unwrap());
             going = forward(&mut whole);
-            if control && shared.moment == Moment::After(frame_type) && !shared.harm(&mut [], 0) {
+            if after && !shared.harm(&mut [], 0) {
                 break;
             }
+            drop((alone, beside));
         }
     }
     let _ = role;
