@@ -31,6 +31,8 @@ enum Step {
 enum How {
     Fails,
     Panics,
+    /// Until it is not armed any more.
+    Waits,
 }
 
 /// A machine one of whose methods goes wrong while `armed`.
@@ -39,11 +41,18 @@ struct Brittle {
     step: Step,
     how: How,
     armed: AtomicBool,
+    reached: AtomicBool,
 }
 
 impl Brittle {
     fn new(machine: &Arc<SyntheticMachine>, step: Step, how: How) -> Arc<Self> {
-        Arc::new(Self { machine: machine.clone(), step, how, armed: AtomicBool::new(false) })
+        Arc::new(Self {
+            machine: machine.clone(),
+            step,
+            how,
+            armed: AtomicBool::new(false),
+            reached: AtomicBool::new(false),
+        })
     }
 
     fn reach(&self, step: Step) -> Result<(), MachineError> {
@@ -53,6 +62,11 @@ impl Brittle {
         match self.how {
             How::Fails => Err(format!("no {step:?} today").into()),
             How::Panics => panic!("no {step:?} today"),
+            How::Waits => {
+                self.reached.store(true, Ordering::SeqCst);
+                until("the test goes on", || !self.armed.load(Ordering::SeqCst));
+                Ok(())
+            }
         }
     }
 }
@@ -188,65 +202,19 @@ fn a_guest_that_does_not_go_on() {
     }
 }
 
-/// Takes its time to look at what is to come.
-struct Slow {
-    machine: Arc<SyntheticMachine>,
-    looking: AtomicBool,
-    go_on: AtomicBool,
-}
-
-impl Machine for Slow {
-    fn ram(&self) -> &Ram {
-        self.machine.ram()
-    }
-
-    fn dirty_tracker(&self) -> Result<Box<dyn DirtyTracker>, MachineError> {
-        self.machine.dirty_tracker()
-    }
-
-    fn profile(&self) -> Vec<u8> {
-        self.machine.profile()
-    }
-
-    fn accept_profile(&self, profile: &[u8]) -> Result<(), MachineError> {
-        self.looking.store(true, Ordering::SeqCst);
-        until("the test goes on", || self.go_on.load(Ordering::SeqCst));
-        self.machine.accept_profile(profile)
-    }
-
-    fn pause(&self) -> Result<(), MachineError> {
-        self.machine.pause()
-    }
-
-    fn resume(&self) -> Result<(), MachineError> {
-        self.machine.resume()
-    }
-
-    fn save(&self) -> Result<Vec<StateSection>, MachineError> {
-        self.machine.save()
-    }
-
-    fn load(&self, sections: Vec<StateSection>) -> Result<(), MachineError> {
-        self.machine.load(sections)
-    }
-}
-
 /// Cancelled before the destination has agreed: it is cancelled there too, not a peer that was lost.
 #[test]
 fn cancelled_while_agreeing() {
     let from = source(4 * MIB, 1, "idle", 7);
-    let slow = Arc::new(Slow {
-        machine: empty(4 * MIB, 1).machine,
-        looking: AtomicBool::default(),
-        go_on: AtomicBool::default(),
-    });
+    let slow = Brittle::new(&empty(4 * MIB, 1).machine, Step::Accept, How::Waits);
+    slow.armed.store(true, Ordering::SeqCst);
     let guest = Guest::awaited(slow.clone());
     let destination = Destination::listen(&guest, &"tcp:127.0.0.1:0".parse().unwrap(), &parameters(&[])).unwrap();
     let migration = from.migrate(destination.local_uri(), &parameters(&[]));
-    until("the destination looks at it", || slow.looking.load(Ordering::SeqCst));
+    until("the destination looks at it", || slow.reached.load(Ordering::SeqCst));
     migration.cancel().unwrap();
     std::thread::sleep(std::time::Duration::from_millis(50));
-    slow.go_on.store(true, Ordering::SeqCst);
+    slow.armed.store(false, Ordering::SeqCst);
     assert_eq!(migration.wait().status, Status::Cancelled);
     until("the destination knows", || destination.report().status.is_final());
     assert_eq!(destination.report().status, Status::Cancelled);
