@@ -280,6 +280,14 @@ pub enum Cause {
         /// How it was lost.
         last: String,
     },
+    /// The address has one connection, and that has come to nothing.
+    #[error("no migration can come in on {address} any more: {last}")]
+    OnlyConnectionLost {
+        /// The address.
+        address: String,
+        /// From where the connection came, and why it came to nothing.
+        last: String,
+    },
     /// The migration ended, and then the guest, which is here, could not be started again.
     #[error("{why}; then the guest could not be started again here: {failed}")]
     NotResumed {

@@ -423,7 +423,7 @@ fn of_pages_as_they_are() {
 #[test]
 fn of_a_handover_over_two_connections() {
     let set = parameters(&[]);
-    for moment in [Moment::Before(RELEASE), Moment::Before(RUNNING)] {
+    for moment in [Moment::Before(RELEASE), Moment::After(RELEASE), Moment::Before(RUNNING)] {
         let pair = pair(32 * MIB, WORKLOAD, &set, moment, Harm::Cut);
         let began = Instant::now();
         let source = Source::start(&pair.from.guest, &pair.proxy.uri, &set).unwrap();

@@ -18,7 +18,6 @@ mod descriptors;
 mod events;
 mod framing;
 pub mod hmp;
-mod incoming;
 mod input;
 #[cfg(feature = "internals")]
 #[doc(hidden)]

@@ -17,7 +17,6 @@ use serde_json::Value;
 
 use crate::descriptors::{DescriptorError, Descriptors};
 use crate::events::{Deliverer, Events, ShutdownCause};
-use crate::incoming;
 use crate::migration_info;
 use crate::route::Route;
 
@@ -259,7 +258,7 @@ impl Vm {
         match self.latest() {
             Latest::None => None,
             Latest::Outgoing(source) => Some(source.report()),
-            Latest::Incoming(destination) => Some(incoming::report(&destination)),
+            Latest::Incoming(destination) => Some(destination.report()),
         }
     }
 

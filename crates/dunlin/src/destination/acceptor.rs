@@ -19,6 +19,7 @@ use crate::channel::{Connection, Listener};
 use crate::error::Cause;
 use crate::handover::DestinationState;
 use crate::link::{FrameSender, answer_hello, lock, spawn};
+use crate::report::Status;
 use crate::wire::{HELLO_BYTES, Hello, HelloReply, Message, Role, SessionId, WireError, check_beginning};
 
 /// Connections that may be waiting to say hello. The oldest gives way.
@@ -332,8 +333,15 @@ impl Acceptor<'_> {
             self.shared.guest.end_migration();
         }
         // Under the report's lock, so that nobody who waits misses it.
-        let report = lock(&self.shared.report);
+        let mut report = lock(&self.shared.report);
         self.shared.closed.store(true, Ordering::Release);
+        // The only connection there could be came to nothing.
+        if report.status == Status::Setup && !self.shared.stop.load(Ordering::Acquire) {
+            let last = report.refused_connections.latest.clone().unwrap_or_default();
+            let cause = Cause::OnlyConnectionLost { address: self.shared.local_uri.to_string(), last };
+            report.error = Some((&self.shared.error(cause)).into());
+            self.shared.change_status(&mut report, Status::Failed);
+        }
         self.shared.changed.notify_all();
         drop(report);
     }

@@ -22,12 +22,17 @@ pub(super) fn sentence(report: &Report) -> String {
         (Status::Completed, _) => {
             format!("completed in {}; the guest is {guest}", format_seconds(report.total_seconds))
         }
-        (Status::Failed | Status::Cancelled, _) => match &report.error {
-            Some(error) => {
-                format!("{} after {}: {}", report.status, format_seconds(report.total_seconds), error.message)
+        (Status::Failed | Status::Cancelled, _) => {
+            let after = match report.total_seconds {
+                // It failed before it began.
+                0.0 => String::new(),
+                seconds => format!(" after {}", format_seconds(seconds)),
+            };
+            match &report.error {
+                Some(error) => format!("{}{after}: {}", report.status, error.message),
+                None => format!("{}{after}; the guest is {guest}", report.status),
             }
-            None => format!("{} after {}; the guest is {guest}", report.status, format_seconds(report.total_seconds)),
-        },
+        }
         (Status::Cancelling, _) => format!("being cancelled; the guest is {guest}"),
     }
 }
