@@ -343,7 +343,6 @@ impl Acceptor<'_> {
             self.shared.change_status(&mut report, Status::Failed);
         }
         self.shared.changed.notify_all();
-        drop(report);
     }
 }
 

@@ -302,7 +302,7 @@ impl<'a> Session<'a> {
         self.expected = Some(start.channels);
         self.channels_due = Instant::now() + lock(&self.shared.parameters).link_timeout;
         // Where it cannot be sent, the loss of the link or the source's reason for it is on its way.
-        drop(self.send(&Message::Accepted { features }));
+        let _ = self.send(&Message::Accepted { features });
         self.shared.set_status(Phase::Precopy, Status::Active);
         let mut report = lock(&self.shared.report);
         report.setup_seconds = lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());

@@ -23,11 +23,8 @@ pub(super) fn sentence(report: &Report) -> String {
             format!("completed in {}; the guest is {guest}", format_seconds(report.total_seconds))
         }
         (Status::Failed | Status::Cancelled, _) => {
-            let after = match report.total_seconds {
-                // It failed before it began.
-                0.0 => String::new(),
-                seconds => format!(" after {}", format_seconds(seconds)),
-            };
+            let began = report.total_seconds > 0.0;
+            let after = if began { format!(" after {}", format_seconds(report.total_seconds)) } else { String::new() };
             match &report.error {
                 Some(error) => format!("{}{after}: {}", report.status, error.message),
                 None => format!("{}{after}; the guest is {guest}", report.status),
