@@ -132,6 +132,8 @@ pub enum MachineStep {
     Track,
     /// Pausing the guest.
     Pause,
+    /// Taking over or giving up what only one machine may use, see [`Machine::claim`](crate::Machine::claim).
+    Claim,
     /// Resuming the guest.
     Resume,
     /// Reading device state.
@@ -145,6 +147,7 @@ impl fmt::Display for MachineStep {
         f.write_str(match self {
             Self::Track => "track the guest's writes",
             Self::Pause => "pause the guest",
+            Self::Claim => "take over what only one machine may use",
             Self::Resume => "resume the guest",
             Self::Save => "save the device state",
             Self::Load => "load the device state",

@@ -38,7 +38,7 @@ pub use destination::Destination;
 pub use dirty_rate::{DirtyRate, DirtyRateError, DirtyRateMode, DirtyRateRequest, DirtyRateStatus};
 pub use error::{Cause, GuestError, GuestPlace, MigrationError, Side};
 pub use guest::{Guest, GuestEvent, Ownership};
-pub use machine::{Machine, MachineError, Need, StateSection, Vcpus};
+pub use machine::{Claim, Machine, MachineError, Need, StateSection, Vcpus};
 pub use parameters::{PARAMETERS, Parameters};
 pub use report::{Report, Status};
 pub use source::Source;

@@ -61,11 +61,37 @@ pub trait Machine: Send + Sync {
     /// load another state.
     fn load(&self, sections: Vec<StateSection>) -> Result<(), MachineError>;
 
+    /// Takes or gives up what only one machine may use at a time, in this process or elsewhere: locks on disk images, above
+    /// all. `claim` says how much of it is this side's from now on; what it already is changes nothing. The engine calls it
+    /// whenever ownership of the guest changes, while the guest is paused, and before a [`resume`](Self::resume).
+    ///
+    /// # Errors
+    /// When it cannot be taken, because another machine has it. Giving up never fails.
+    fn claim(&self, claim: Claim) -> Result<(), MachineError> {
+        let _ = claim;
+        Ok(())
+    }
+
     /// The vCPUs, if this machine can slow them. One that cannot is migrated as well, but `auto-converge` does nothing for
     /// it. Called at any time, also while another method runs.
     fn vcpus(&self) -> Option<&dyn Vcpus> {
         None
     }
+}
+
+/// How much of what only one machine may use (a disk image) is this side's. There are two parts: the *owner's*, which allows
+/// to write, and the *session's*, which keeps third parties out while the owner's part changes hands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Claim {
+    /// Both parts: the guest is here, running or paused, and nobody else has to do with it.
+    Whole,
+    /// The owner's part: the guest has just come, or is taken over, and its source still has the session's part.
+    Arrived,
+    /// The session's part: the guest is about to be released to the other side, which takes the owner's part.
+    Released,
+    /// Neither: the guest is the other side's.
+    Nothing,
 }
 
 /// The vCPUs of a machine that can be slowed, numbered from 0. Methods are called at any time, from any thread, also while
