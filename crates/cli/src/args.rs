@@ -345,6 +345,10 @@ pub struct Cont {
     /// run at the other side: it must never run on both.
     #[arg(long)]
     pub take_back: bool,
+    /// With --take-back: do not wait until nothing was heard of the other side for `link-timeout`. For when you know for
+    /// certain that the other side will not run the guest.
+    #[arg(long, requires = "take_back")]
+    pub force: bool,
 }
 
 /// On a terminal it asks for commands; `help` lists them. Otherwise it reads them from standard input, up to the first

@@ -102,8 +102,18 @@ pub fn stop(at: &At) -> Result<Outcome> {
 
 pub fn cont(args: &Cont) -> Result<Outcome> {
     let mut client = connection::connect(&args.at.qmp)?;
-    let arguments = if args.take_back { json!({"x-take-back": true}) } else { json!({}) };
+    let arguments = match (args.take_back, args.force) {
+        (true, true) => json!({"x-take-back": true, "x-force": true}),
+        (true, false) => json!({"x-take-back": true}),
+        (false, _) => json!({}),
+    };
     client.execute("cont", arguments).context("could not start the guest")?;
+    if args.take_back {
+        terminal::note(
+            "the guest is here by your decision; if it runs at the other side as well, its disks are being damaged now: stop it \
+             there",
+        );
+    }
     tell_state(&mut client, &args.at, "the guest is running")
 }
 

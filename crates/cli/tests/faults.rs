@@ -376,7 +376,7 @@ impl Trial {
     /// What a person can do about what was found: decide, or mend the link and ask or migrate again.
     fn resolve(&self, found: Found, choice: u64) -> Result<&'static str, String> {
         let take_back = |machine: &Machine| -> Result<(), String> {
-            machine.execute("cont", json!({"x-take-back": true}));
+            machine.execute("cont", json!({"x-take-back": true, "x-force": true}));
             ensure(machine.is_running(), || format!("taken back, the guest does not run at the {}", machine.name))?;
             self.verify(machine)
         };
@@ -406,7 +406,7 @@ impl Trial {
             // The destination may have run the guest before it died, which has left traces on the disk that a person who
             // takes the guest back has to live with.
             Found::SourceUndecided if self.kind == Kind::Kvm => {
-                self.source.execute("cont", json!({"x-take-back": true}));
+                self.source.execute("cont", json!({"x-take-back": true, "x-force": true}));
                 ensure(self.source.is_running(), || "taken back, the guest does not run at the source".to_owned())?;
                 Ok("taken back")
             }

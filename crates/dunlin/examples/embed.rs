@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use dunlin::memory::{DirtyTracker, Ram, RamBlock, WriteProtectTracker};
-use dunlin::{Destination, Guest, Machine, MachineError, Need, Parameters, Source, StateSection, Status, Uri};
+use dunlin::{
+    Destination, Guest, Machine, MachineError, Need, Parameters, Source, StartPermit, StateSection, Status, Uri,
+};
 use vm_memory::MmapRegion;
 
 const MEMORY_BYTES: usize = 256 << 20;
@@ -78,13 +80,13 @@ impl Machine for Buffer {
         Ok(())
     }
 
-    fn resume(&self) -> Result<(), MachineError> {
+    fn resume(&self, permit: &StartPermit) -> Result<(), MachineError> {
         self.stop.store(false, Ordering::Release);
         let block = self.ram.blocks().first().ok_or("no RAM")?.clone();
-        let (count, stop) = (self.count.clone(), self.stop.clone());
+        let (count, stop, permit) = (self.count.clone(), self.stop.clone(), permit.clone());
         let run = move || {
             let mut count = count.lock().unwrap_or_else(PoisonError::into_inner);
-            while !stop.load(Ordering::Acquire) {
+            while !stop.load(Ordering::Acquire) && permit.enter() {
                 for _ in 0..1000 {
                     *count += 1;
                     if block.write(place_of(*count), &count.to_le_bytes()).is_err() {

@@ -127,9 +127,14 @@ pub(crate) fn one_line(text: &str) -> String {
 
 /// A step that takes a VMM's own code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum MachineStep {
     /// Making a dirty tracker.
     Track,
+    /// Describing the machine to the other side.
+    Profile,
+    /// Checking the other side's description of the machine.
+    AcceptProfile,
     /// Pausing the guest.
     Pause,
     /// Taking over or giving up what only one machine may use, see [`Machine::claim`](crate::Machine::claim).
@@ -146,6 +151,8 @@ impl fmt::Display for MachineStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Track => "track the guest's writes",
+            Self::Profile => "describe the machine",
+            Self::AcceptProfile => "check the source's machine",
             Self::Pause => "pause the guest",
             Self::Claim => "take over what only one machine may use",
             Self::Resume => "resume the guest",
@@ -256,9 +263,9 @@ pub enum Cause {
     /// A parameter is out of range or in conflict.
     #[error("{0}")]
     Parameter(#[from] ParameterError),
-    /// The guest's ownership forbids it.
+    /// The guest's ownership forbids it, or its machine does.
     #[error("{0}")]
-    Guest(#[from] GuestError),
+    Guest(GuestError),
     /// An event that has no place in the handover as it stands.
     #[error("{0}")]
     Handover(#[from] crate::handover::Illegal),
@@ -273,6 +280,41 @@ pub enum Cause {
         last: String,
         /// How long reconnection was tried.
         after: Duration,
+    },
+    /// While the destination was being asked, a person decided that the guest is here.
+    #[error("the guest was taken back here by decision while the destination was being asked for it")]
+    TakenBack,
+    /// The switchover took longer than it may.
+    #[error("the switchover was to take {after:?} at most (switchover-timeout); it was waiting for {waiting_for}")]
+    SwitchoverTimeout {
+        /// What had not come by then.
+        waiting_for: &'static str,
+        /// The limit.
+        after: Duration,
+    },
+    /// The destination has the guest, paused, and cannot say whether it ran there.
+    #[error(
+        "the destination has the guest and cannot say whether it has run there; find out, then either leave this side \
+         stopped (quit) and decide there, or take the guest back here (cont --take-back)"
+    )]
+    Unclear,
+    /// The guest's start went wrong in a way that does not tell whether a vCPU has run.
+    #[error(
+        "{why}; whether the guest has run here cannot be said; it is kept, paused: decide on one side where it goes on \
+         (cont --take-back)"
+    )]
+    MayHaveRun {
+        /// What went wrong.
+        why: String,
+    },
+    /// Both sides have run the guest, by decisions of persons that did not know of each other.
+    #[error(
+        "conflict: both sides have run the guest by a person's decision; {here}; nothing was thrown away: compare the two, \
+         quit the one that is not wanted, and continue the other (cont --take-back)"
+    )]
+    Conflict {
+        /// What this side does now.
+        here: &'static str,
     },
     /// Everything has arrived, and the source was lost before it released the guest.
     #[error(
@@ -307,6 +349,15 @@ pub enum Cause {
         /// What happened to it.
         what: String,
     },
+}
+
+impl From<GuestError> for Cause {
+    fn from(error: GuestError) -> Self {
+        match error {
+            GuestError::Machine { step, source } => Self::Machine { step, source },
+            error => Self::Guest(error),
+        }
+    }
 }
 
 /// Why a guest cannot be started, stopped or migrated here now.
@@ -353,6 +404,52 @@ pub enum GuestError {
         /// Its error.
         source: MachineError,
     },
+    /// The VMM's own code panicked.
+    #[error("could not {step}: the machine {what}")]
+    MachinePanicked {
+        /// At what.
+        step: MachineStep,
+        /// Its panic.
+        what: String,
+    },
+    /// The VMM's own code did not return in time. What it returns later is dropped.
+    #[error("could not {step}: the machine has not answered within {limit:?}")]
+    MachineTooSlow {
+        /// At what.
+        step: MachineStep,
+        /// How long it was waited for.
+        limit: Duration,
+    },
+    /// The VMM's own code is still at an earlier call.
+    #[error("could not {step}: the machine has been asked to {at} for {since:?} and has not answered yet")]
+    MachineBusy {
+        /// What it was to do.
+        step: MachineStep,
+        /// What it is at.
+        at: MachineStep,
+        /// For how long.
+        since: Duration,
+    },
+    /// A start was called off before the first vCPU ran.
+    #[error("the start was called off: the other side has said that the guest is there")]
+    StartRevoked,
+    /// A start came too late: the other side may have heard a person's decision since.
+    #[error("the guest was not started within {lease:?} after the source was last known to have released it")]
+    StartTooLate {
+        /// The limit.
+        lease: Duration,
+    },
+    /// A decision was given while the other side may be about to run the guest.
+    #[error(
+        "the other side was heard of a moment ago and may be about to run the guest: wait another {left:.1?}, or decide all          the same (--force) if you know for certain that it will not"
+    )]
+    StillHeard {
+        /// Until then.
+        left: Duration,
+    },
+    /// A decision was given while the source can be heard.
+    #[error("the source is connected and has not released the guest: cancel the migration there, or wait")]
+    SourceConnected,
     /// The machine has no way to slow its vCPUs.
     #[error("the vCPUs of this machine cannot be throttled")]
     CannotThrottle,

@@ -27,6 +27,8 @@ pub enum SourceState {
     Gone,
     /// The guest is here for good; this session is over.
     TookBack,
+    /// The guest is here, paused, and both sides have run it. A person decides which to keep.
+    Kept,
 }
 
 /// What happens to the source.
@@ -40,6 +42,10 @@ pub enum SourceEvent {
     Ready,
     /// Heard from the destination: it owns the guest.
     Running,
+    /// Heard from the destination: it runs the guest by a later decision than this side's.
+    Overruled,
+    /// Heard from the destination: it keeps the guest, paused, which may have run there.
+    Kept,
     /// Heard from the destination: it has given up and will never run this guest.
     Aborted,
     /// The link was lost, the migration was cancelled, or something failed here.
@@ -65,6 +71,8 @@ pub enum SourceAction {
     SendDone,
     /// Tell the destination that the guest stays here.
     SendAbort,
+    /// Tell the destination that the guest is kept here, paused.
+    SendKept,
     /// Ask the destination where it stands.
     SendQuery,
     /// Connect again.
@@ -80,8 +88,14 @@ pub enum DestinationState {
     Ready,
     /// Released to this side; the vCPUs are being started.
     Starting,
+    /// A person decided that the guest is here; the vCPUs are being started.
+    TakingOver,
     /// The guest is here.
     Running,
+    /// The guest is here, paused, and may have run. A person decides what becomes of it.
+    Kept,
+    /// A person decided that a guest that may have run goes on here; the vCPUs are being started.
+    Retaking,
     /// This side will never run the guest of this session.
     Aborted,
 }
@@ -93,12 +107,20 @@ pub enum DestinationEvent {
     Loaded,
     /// Heard from the source: the guest is given away.
     Release,
+    /// The same, but it may be too old: it does not answer what this side asked last, or came too late.
+    StaleRelease,
     /// The vCPUs run.
     Started,
     /// The vCPUs could not be started; not one has run.
     StartFailed,
+    /// The vCPUs were not started before the Release was too old; not one has run.
+    Expired,
+    /// Whether a vCPU has run cannot be said; from here on none will.
+    StartUnclear,
     /// Heard from the source: the guest stays there.
     Abort,
+    /// Heard from the source: it runs the guest by a later decision than this side's.
+    Overruled,
     /// Heard from the source, over a new connection: where do you stand?
     Query,
     /// The link was lost.
@@ -116,10 +138,16 @@ pub enum DestinationAction {
     SendReady,
     /// Let the guest run here.
     StartGuest,
+    /// Let no vCPU begin that has not begun yet.
+    RevokeStart,
+    /// Stop the vCPUs.
+    PauseGuest,
     /// Tell the source that the guest is here.
     SendRunning,
     /// Tell the source that it will never run here.
     SendAborted,
+    /// Tell the source that the guest is kept here, paused, and may have run.
+    SendKept,
 }
 
 type Row<S, E, A> = (S, E, S, &'static [A]);
@@ -144,6 +172,7 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = {
         (Released, On::Ready, Released, &[SendRelease]),
         (Released, On::Running, Gone, &[SendDone]),
         (Released, On::Aborted, TookBack, &[ResumeGuest]),
+        (Released, On::Kept, Released, &[]),
         (Released, On::Failed, Released, &[Reconnect]),
         (Released, On::Reconnected, Released, &[SendQuery]),
         (Released, On::TakeBack, TookBack, &[ResumeGuest]),
@@ -151,9 +180,19 @@ pub const SOURCE_TABLE: &[Row<SourceState, SourceEvent, SourceAction>] = {
         (Gone, On::Running, Gone, &[SendDone]),
         (Gone, On::Failed, Gone, &[]),
         (TookBack, On::Ready, TookBack, &[SendAbort]),
+        // It runs what a person has taken back here: it hears of that, and gives way.
+        (TookBack, On::Running, TookBack, &[SendAbort]),
+        (TookBack, On::Overruled, Kept, &[PauseGuest, SendKept]),
+        (TookBack, On::Kept, TookBack, &[]),
         (TookBack, On::Aborted, TookBack, &[]),
         (TookBack, On::Failed, TookBack, &[]),
         (TookBack, On::Reconnected, TookBack, &[SendAbort]),
+        (Kept, On::Running, Kept, &[SendKept]),
+        (Kept, On::Overruled, Kept, &[SendKept]),
+        (Kept, On::Kept, Kept, &[]),
+        (Kept, On::Failed, Kept, &[]),
+        (Kept, On::Reconnected, Kept, &[SendKept]),
+        (Kept, On::TakeBack, TookBack, &[ResumeGuest]),
     ]
 };
 
@@ -170,20 +209,50 @@ pub const DESTINATION_TABLE: &[Row<DestinationState, DestinationEvent, Destinati
         (Loading, On::LinkLost, Aborted, &[]),
         (Loading, On::Failed, Aborted, &[SendAborted]),
         (Ready, On::Release, Starting, &[StartGuest]),
-        (Ready, On::Abort, Aborted, &[]),
+        (Ready, On::Abort, Aborted, &[SendAborted]),
         (Ready, On::Query, Ready, &[SendReady]),
         (Ready, On::LinkLost, Ready, &[]),
         (Ready, On::Failed, Aborted, &[SendAborted]),
-        (Ready, On::TakeOver, Starting, &[StartGuest]),
+        // The source may have heard a person's decision since: it is asked again.
+        (Ready, On::StaleRelease, Ready, &[SendReady]),
+        (Ready, On::TakeOver, TakingOver, &[StartGuest]),
         (Starting, On::Started, Running, &[SendRunning]),
         (Starting, On::StartFailed, Aborted, &[SendAborted]),
-        (Starting, On::Release, Starting, &[]),
-        (Starting, On::Query, Starting, &[]),
-        (Starting, On::LinkLost, Starting, &[]),
+        (Starting, On::Expired, Ready, &[SendReady]),
+        (Starting, On::StartUnclear, Kept, &[SendKept]),
+        // The source may be gone for good: what fails to start is not thrown away.
+        (TakingOver, On::Started, Running, &[SendRunning]),
+        (TakingOver, On::StartFailed, Ready, &[]),
+        (TakingOver, On::StartUnclear, Kept, &[SendKept]),
+        (TakingOver, On::Release, TakingOver, &[]),
+        (TakingOver, On::StaleRelease, TakingOver, &[]),
+        (TakingOver, On::Query, TakingOver, &[]),
+        (TakingOver, On::Abort, TakingOver, &[RevokeStart]),
+        (TakingOver, On::LinkLost, TakingOver, &[]),
         (Running, On::Release, Running, &[SendRunning]),
+        (Running, On::StaleRelease, Running, &[SendRunning]),
         (Running, On::Query, Running, &[SendRunning]),
+        (Running, On::Abort, Running, &[SendRunning]),
+        (Running, On::Overruled, Kept, &[PauseGuest, SendKept]),
         (Running, On::LinkLost, Running, &[]),
+        (Kept, On::Release, Kept, &[SendKept]),
+        (Kept, On::StaleRelease, Kept, &[SendKept]),
+        (Kept, On::Query, Kept, &[SendKept]),
+        (Kept, On::Abort, Kept, &[SendKept]),
+        (Kept, On::Overruled, Kept, &[SendKept]),
+        (Kept, On::LinkLost, Kept, &[]),
+        (Kept, On::TakeOver, Retaking, &[StartGuest]),
+        (Retaking, On::Started, Running, &[SendRunning]),
+        (Retaking, On::StartFailed, Kept, &[]),
+        (Retaking, On::StartUnclear, Kept, &[]),
+        (Retaking, On::Release, Retaking, &[]),
+        (Retaking, On::StaleRelease, Retaking, &[]),
+        (Retaking, On::Query, Retaking, &[]),
+        (Retaking, On::Abort, Retaking, &[]),
+        (Retaking, On::Overruled, Retaking, &[]),
+        (Retaking, On::LinkLost, Retaking, &[]),
         (Aborted, On::Release, Aborted, &[SendAborted]),
+        (Aborted, On::StaleRelease, Aborted, &[SendAborted]),
         (Aborted, On::Query, Aborted, &[SendAborted]),
         (Aborted, On::Abort, Aborted, &[]),
         (Aborted, On::LinkLost, Aborted, &[]),

@@ -14,6 +14,8 @@ use super::*;
 enum ToDestination {
     Offer,
     Release,
+    /// A Release that the destination takes for too old.
+    StaleRelease,
     Done,
     Abort,
     Query,
@@ -24,6 +26,7 @@ enum ToSource {
     Ready,
     Running,
     Aborted,
+    Kept,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -74,11 +77,14 @@ impl World {
                 SourceAction::PauseGuest => self.runs_at_source = false,
                 SourceAction::ResumeGuest => self.runs_at_source = true,
                 SourceAction::SendOffer => drop(self.to_destination.insert(ToDestination::Offer)),
-                SourceAction::SendRelease => drop(self.to_destination.insert(ToDestination::Release)),
+                SourceAction::SendRelease => {
+                    self.to_destination.extend([ToDestination::Release, ToDestination::StaleRelease]);
+                }
                 SourceAction::SendDone => drop(self.to_destination.insert(ToDestination::Done)),
                 SourceAction::SendAbort => drop(self.to_destination.insert(ToDestination::Abort)),
                 SourceAction::SendQuery => drop(self.to_destination.insert(ToDestination::Query)),
-                SourceAction::Reconnect => {}
+                // Only after a decision, which is taken here only when the other side is dead.
+                SourceAction::SendKept | SourceAction::Reconnect => {}
             }
         }
         true
@@ -94,9 +100,15 @@ impl World {
                 DestinationAction::SendReady => drop(self.to_source.insert(ToSource::Ready)),
                 DestinationAction::SendRunning => drop(self.to_source.insert(ToSource::Running)),
                 DestinationAction::SendAborted => drop(self.to_source.insert(ToSource::Aborted)),
+                DestinationAction::SendKept => drop(self.to_source.insert(ToSource::Kept)),
+                DestinationAction::PauseGuest => self.runs_at_destination = false,
+                // The permit sees to it, and StartFailed follows.
+                DestinationAction::RevokeStart => {}
             }
         }
-        if event == DestinationEvent::StartFailed {
+        use DestinationEvent::{Expired, StartFailed, StartUnclear};
+        // In the last case a vCPU may have run, and none does any more.
+        if matches!(event, StartFailed | Expired | StartUnclear) {
             self.runs_at_destination = false;
         }
         true
@@ -107,6 +119,7 @@ impl World {
             // The driver turns an Offer, once everything it names is there, into Loaded.
             ToDestination::Offer => self.destination(DestinationEvent::Loaded),
             ToDestination::Release => self.destination(DestinationEvent::Release),
+            ToDestination::StaleRelease => self.destination(DestinationEvent::StaleRelease),
             ToDestination::Abort => self.destination(DestinationEvent::Abort),
             ToDestination::Query => self.destination(DestinationEvent::Query),
             ToDestination::Done => false,
@@ -118,6 +131,7 @@ impl World {
             ToSource::Ready => SourceEvent::Ready,
             ToSource::Running => SourceEvent::Running,
             ToSource::Aborted => SourceEvent::Aborted,
+            ToSource::Kept => SourceEvent::Kept,
         })
     }
 
@@ -150,10 +164,15 @@ impl World {
         world.source(SourceEvent::Failed);
         world.source(SourceEvent::Reconnected);
         for _ in 0..20 {
-            if world.destination == DestinationState::Starting {
+            use DestinationState::{Retaking, Starting, TakingOver};
+            if matches!(world.destination, Starting | TakingOver | Retaking) {
                 world.destination(DestinationEvent::Started);
             }
             for message in std::mem::take(&mut world.to_destination) {
+                // The link is good again: what is sent is not old when it arrives.
+                if message == ToDestination::StaleRelease {
+                    continue;
+                }
                 world.deliver_to_destination(message);
             }
             for message in std::mem::take(&mut world.to_source) {
@@ -161,6 +180,15 @@ impl World {
             }
         }
         world
+    }
+
+    /// A person decides, where the destination cannot say whether the guest has run there.
+    fn decided(mut self) -> Self {
+        if self.destination == DestinationState::Kept && self.source == SourceState::Released {
+            self.destination(DestinationEvent::TakeOver);
+            self.destination(DestinationEvent::Started);
+        }
+        self
     }
 
     fn owners(&self) -> usize {
@@ -187,7 +215,7 @@ impl Model for Handover {
         }
         if world.destination_alive {
             use DestinationEvent::*;
-            steps.extend([Started, StartFailed, LinkLost, Failed].map(Step::Destination));
+            steps.extend([Started, StartFailed, StartUnclear, Expired, LinkLost, Failed].map(Step::Destination));
             steps.extend(world.to_destination.iter().map(|m| Step::DeliverToDestination(*m)));
             steps.push(Step::DestinationDies);
         }
@@ -211,7 +239,7 @@ impl Model for Handover {
         vec![
             Property::always("never two owners", |_, world: &World| world.owners() <= 1),
             Property::always("both alive and the link back: exactly one owner", |_, world: &World| {
-                !(world.source_alive && world.destination_alive) || world.settle().owners() == 1
+                !(world.source_alive && world.destination_alive) || world.settle().decided().owners() == 1
             }),
             Property::always("source dead before Release: a person can bring up what was ready", |_, world: &World| {
                 let mut late = world.clone();
@@ -235,6 +263,9 @@ impl Model for Handover {
                     late.owners() == 1 || late.source == SourceState::Gone
                 },
             ),
+            Property::sometimes("a guest that may have run is kept", |_, world: &World| {
+                world.destination == DestinationState::Kept
+            }),
             Property::sometimes("the guest arrives", |_, world: &World| world.source == SourceState::Gone),
             Property::sometimes("the guest is taken back after Release", |_, world: &World| {
                 world.source == SourceState::TookBack && world.to_destination.contains(&ToDestination::Release)

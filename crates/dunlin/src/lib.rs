@@ -22,6 +22,7 @@ pub mod units;
 
 #[allow(unsafe_code)]
 mod channel;
+mod clock;
 mod destination;
 mod guest;
 #[cfg(feature = "internals")]
@@ -37,7 +38,7 @@ pub use channel::{Uri, UriError};
 pub use destination::Destination;
 pub use dirty_rate::{DirtyRate, DirtyRateError, DirtyRateMode, DirtyRateRequest, DirtyRateStatus};
 pub use error::{Cause, GuestError, GuestPlace, MigrationError, Side};
-pub use guest::{Guest, GuestEvent, Ownership};
+pub use guest::{Guest, GuestEvent, Ownership, StartPermit, TakeBack};
 pub use machine::{Claim, Machine, MachineError, Need, StateSection, Vcpus};
 pub use parameters::{PARAMETERS, Parameters};
 pub use report::{Report, Status};

@@ -295,6 +295,13 @@ impl FrameReceiver {
         self.pages = counters;
     }
 
+    /// The first frame, a message of `bytes`, has been read from the connection already.
+    pub(crate) fn has_read(&mut self, bytes: u64) {
+        self.sequence = 1;
+        self.counters.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.counters.frames.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub(crate) fn connection(&self) -> &Arc<Connection> {
         &self.connection
     }

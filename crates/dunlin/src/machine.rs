@@ -4,6 +4,7 @@
 //! named sections. Which side may run it is not the machine's business but [`Guest`](crate::Guest)'s; the engine
 //! calls `resume` only on the side that owns the guest.
 
+use crate::guest::StartPermit;
 use crate::memory::{DirtyTracker, Ram};
 
 /// An error of the VMM's own code, carried as the cause of a migration error.
@@ -11,7 +12,9 @@ pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A machine that can be migrated.
 ///
-/// Methods are called from the engine's threads, one at a time, but for [`ram`](Self::ram) and [`vcpus`](Self::vcpus).
+/// Methods are called from a thread of the engine's, one at a time, except [`ram`](Self::ram) and [`vcpus`](Self::vcpus), which
+/// are called from any thread at any time. The engine holds no lock meanwhile and waits for a limited time: a method that
+/// does not return fails the migration, and what it returns later is dropped.
 pub trait Machine: Send + Sync {
     /// The machine's RAM. The same blocks, by name and size, on both sides; it does not change during a migration.
     fn ram(&self) -> &Ram;
@@ -40,11 +43,13 @@ pub trait Machine: Send + Sync {
     /// When the machine could not be stopped; it then goes on running.
     fn pause(&self) -> Result<(), MachineError>;
 
-    /// Starts or restarts all vCPUs and devices.
+    /// Starts or restarts all vCPUs and devices under `permit`. Each vCPU asks [`StartPermit::enter`] each time right before
+    /// it enters the guest, each device before its first output, and does nothing if the answer is no: this call may hang or
+    /// come late, and the guest be the other side's by then. A machine that runs keeps running under the permit it has.
     ///
     /// # Errors
     /// Must mean that not one vCPU has run: the engine then gives the guest back to the other side.
-    fn resume(&self) -> Result<(), MachineError>;
+    fn resume(&self, permit: &StartPermit) -> Result<(), MachineError>;
 
     /// The paused machine's state besides RAM.
     ///

@@ -366,6 +366,8 @@ parameters! {
         "The most that auto-converge takes of a vCPU's time.";
     pause_before_switchover: Switch = "pause-before-switchover", Unit::Switch, 0, 0..=1, Source, Live,
         "Whether a migration waits in pre-switchover, with the guest paused, until migrate-continue.";
+    switchover_timeout: Duration = "switchover-timeout", Unit::Milliseconds, 0, 0..=3_600_000, Both, Live,
+        "The longest the guest may be kept stopped for the switchover before it goes on at the source, and the longest it may take to start at the destination; 0 is downtime-limit and five seconds.";
     handover_timeout: Duration = "handover-timeout", Unit::Milliseconds, 30_000, 0..=86_400_000, Both, Live,
         "How long to reconnect after the link was lost with the guest released and not yet heard of.";
     link_timeout: Duration = "link-timeout", Unit::Milliseconds, 10_000, 500..=3_600_000, Both, AtStart,
@@ -570,6 +572,15 @@ impl Parameters {
     }
 
     /// Data channels on a transport that can have several connections.
+    /// How long the guest may be kept stopped for the switchover.
+    pub(crate) fn switchover_limit(&self) -> Duration {
+        const OVER_DOWNTIME: Duration = Duration::from_secs(5);
+        match self.switchover_timeout {
+            Duration::ZERO => self.downtime_limit.saturating_add(OVER_DOWNTIME),
+            limit => limit,
+        }
+    }
+
     pub(crate) fn data_channels(&self) -> u8 {
         match self.multifd {
             Switch::On => self.multifd_channels,

@@ -7,8 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use dunlin::StartPermit;
+
 #[derive(Debug, Default)]
 struct State {
+    /// What those inside run under.
+    permit: Option<StartPermit>,
     open: bool,
     ended: bool,
     inside: usize,
@@ -37,10 +41,32 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets all threads run.
-    pub(crate) fn open(&self) {
+    /// Lets all threads run under `permit`; whoever is inside asks it. Who runs already keeps the permit it has.
+    pub(crate) fn open(&self, permit: &StartPermit) {
+        let mut state = self.state();
+        if !state.open {
+            state.permit = Some(permit.clone());
+        }
+        drop(state);
+        self.reopen();
+    }
+
+    /// Lets all threads run on under the permit that they ran under before.
+    pub(crate) fn reopen(&self) {
         self.state().open = true;
         self.open.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// What whoever is inside runs under.
+    pub(crate) fn permit(&self) -> Option<StartPermit> {
+        self.state().permit.clone()
+    }
+
+    /// Has all threads stop, without waiting until they have.
+    pub(crate) fn shut(&self) {
+        self.state().open = false;
+        self.open.store(false, Ordering::SeqCst);
         self.changed.notify_all();
     }
 

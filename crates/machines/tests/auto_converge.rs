@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::{MIB, Side, empty, parameters, source, until};
 use dunlin::machine::{MachineError, StateSection};
 use dunlin::memory::{DirtyTracker, Ram};
-use dunlin::{Destination, Guest, Machine, Parameters, Report, Source, Status};
+use dunlin::{Destination, Guest, Machine, Parameters, Report, Source, StartPermit, Status};
 
 /// One at a time: the speeds of guests are measured.
 static TURN: Mutex<()> = Mutex::new(());
@@ -164,7 +164,7 @@ fn whatever_happens_it_is_let_go() {
 
     let (destination, migration) = begin(&from, &to, &converging(&[]));
     drop(destination);
-    assert_eq!(migration.wait().status, Status::Failed);
+    assert_eq!(migration.wait().status, Status::Cancelled);
     goes_on("the destination has gone");
     drop(migration);
 
@@ -207,8 +207,8 @@ impl Machine for Refusing {
         self.0.pause()
     }
 
-    fn resume(&self) -> Result<(), MachineError> {
-        self.0.resume()
+    fn resume(&self, permit: &StartPermit) -> Result<(), MachineError> {
+        self.0.resume(permit)
     }
 
     fn save(&self) -> Result<Vec<StateSection>, MachineError> {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{MIB, parameters, until};
-use dunlin::{Destination, Guest, Machine, Source, Status};
+use dunlin::{Destination, Guest, Machine, Source, StartPermit, Status};
 use dunlin_machines::{
     Backing, CpuModel, DeviceConfig, DirtyTracking, DiskAccess, DiskConfig, DiskFormat, Ended, KvmConfig, KvmGuest,
     KvmMachine, SerialTarget,
@@ -202,11 +202,11 @@ fn an_image_in_use_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let devices = devices(directory.path());
     let (one, other) = (machine(&devices), machine(&devices));
-    one.resume().unwrap();
-    let error = other.resume().unwrap_err().to_string();
+    one.resume(&StartPermit::unlimited()).unwrap();
+    let error = other.resume(&StartPermit::unlimited()).unwrap_err().to_string();
     assert!(error.contains("could not use disk (device 0): another machine runs on it"), "{error}");
     one.pause().unwrap();
-    other.resume().unwrap();
+    other.resume(&StartPermit::unlimited()).unwrap();
     other.pause().unwrap();
 }
 
@@ -224,13 +224,13 @@ fn guests_end() {
         let one = machine(&DeviceConfig::default());
         one.ram().blocks()[0].write(0x8000, code).unwrap();
         assert_eq!(one.ended(), None);
-        one.resume().unwrap();
+        one.resume(&StartPermit::unlimited()).unwrap();
         until("the guest ends", || one.ended().is_some());
         assert_eq!(one.ended(), Some(expected));
         one.pause().unwrap();
         let other = KvmMachine::empty(&config(&DeviceConfig::default())).unwrap();
         other.load(one.save().unwrap()).unwrap();
-        other.resume().unwrap();
+        other.resume(&StartPermit::unlimited()).unwrap();
         assert_eq!(other.ended(), Some(expected));
         other.pause().unwrap();
         println!("{expected}");
@@ -249,7 +249,7 @@ fn nothing_is_there() {
     for (code, value) in [(port, 0xff), (memory, u32::MAX)] {
         let machine = machine(&DeviceConfig::default());
         machine.ram().blocks()[0].write(0x8000, code).unwrap();
-        machine.resume().unwrap();
+        machine.resume(&StartPermit::unlimited()).unwrap();
         until("the guest ends", || machine.ended().is_some());
         assert_eq!(machine.ended(), Some(Ended::Exit { value }));
     }
@@ -268,7 +268,7 @@ fn nothing_is_left_behind() {
         links.filter(|path| path.starts_with(directory.path())).count()
     };
     let one = machine(&devices);
-    one.resume().unwrap();
+    one.resume(&StartPermit::unlimited()).unwrap();
     assert!(open() >= 2);
     one.pause().unwrap();
     drop(one);
@@ -277,7 +277,7 @@ fn nothing_is_left_behind() {
     devices.serial = SerialTarget::Unix(directory.path().join("socket"));
     for _ in 0..3 {
         let running = machine(&devices);
-        running.resume().unwrap();
+        running.resume(&StartPermit::unlimited()).unwrap();
         assert!(directory.path().join("socket").exists());
         drop(running);
         assert!(open() == 0 && !directory.path().join("socket").exists());
@@ -297,7 +297,7 @@ fn a_pause_finishes_what_is_half_done() {
     let one = machine(&devices);
     one.ram().blocks()[0].write(0x8000, guest).unwrap();
     for turn in 0..300 {
-        one.resume().unwrap_or_else(|error| panic!("turn {turn}: {error}"));
+        one.resume(&StartPermit::unlimited()).unwrap_or_else(|error| panic!("turn {turn}: {error}"));
         std::thread::sleep(Duration::from_micros(200));
         one.pause().unwrap();
     }
@@ -306,7 +306,7 @@ fn a_pause_finishes_what_is_half_done() {
     one.ram().blocks()[0].read(0, &mut ram).unwrap();
     other.ram().blocks()[0].write(0, &ram).unwrap();
     other.load(one.save().unwrap()).unwrap();
-    other.resume().unwrap();
+    other.resume(&StartPermit::unlimited()).unwrap();
     std::thread::sleep(Duration::from_millis(5));
     other.pause().unwrap();
     assert_eq!(other.ended(), None);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::kvm::{kvm, trackings};
 use common::{MIB, parameters, runs, until};
 use dunlin::memory::DirtyBitmap;
-use dunlin::{Destination, Guest, Machine, Source, Status};
+use dunlin::{Destination, Guest, Machine, Source, StartPermit, Status};
 use dunlin_machines::{Backing, CpuModel, DeviceConfig, DirtyTracking, KvmConfig, KvmGuest, KvmMachine};
 
 const MEMORY: u64 = 32 * MIB;
@@ -322,13 +322,13 @@ fn refuses_what_does_not_fit() {
     assert!(error.contains("the source has 2 vCPUs, this machine has 1"), "{error}");
     let to = empty(2, DirtyTracking::Auto);
     assert!(to.machine.accept_profile(&from.profile()).is_ok());
-    assert!(to.machine.resume().is_err(), "empty");
+    assert!(to.machine.resume(&StartPermit::unlimited()).is_err(), "empty");
     let sections = from.save().unwrap();
     let mut damaged = sections.clone();
     damaged.retain(|section| section.name != "clock");
     let error = to.machine.load(damaged).unwrap_err().to_string();
     assert!(error.contains("\"clock\" (0) is there 0 times"), "{error}");
-    assert!(to.machine.resume().is_err(), "still empty");
+    assert!(to.machine.resume(&StartPermit::unlimited()).is_err(), "still empty");
     to.machine.load(sections).unwrap();
     let bytes: usize = from.save().unwrap().iter().map(|section| section.data.len()).sum();
     println!("device state of 2 vCPUs: {bytes} bytes");

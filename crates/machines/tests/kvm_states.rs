@@ -11,7 +11,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::kvm::{Side, World, kvm};
-use dunlin::{Guest, Machine, Need, StateSection};
+use dunlin::{Guest, Machine, Need, StartPermit, StateSection};
 use dunlin_machines::{Backing, KvmError};
 use serde::{Deserialize, Serialize};
 
@@ -148,7 +148,7 @@ fn unknown_sections_are_skipped_or_named() {
     sections.push(unknown(Need::Required));
     let error = side.machine.load(sections.clone()).unwrap_err().to_string();
     assert!(error.contains("\"balloon\" (3) is unknown here"), "{error}");
-    assert!(side.machine.resume().is_err(), "nothing of it was taken over");
+    assert!(side.machine.resume(&StartPermit::unlimited()).is_err(), "nothing of it was taken over");
     *sections.last_mut().unwrap() = unknown(Need::Optional);
     side.machine.load(sections.clone()).unwrap();
     sections[0].version = 9;

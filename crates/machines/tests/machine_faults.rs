@@ -11,7 +11,7 @@ use common::proxy::{Harm, Moment, Proxy};
 use common::{MIB, empty, move_guest, parameters, source, until};
 use dunlin::machine::{MachineError, StateSection};
 use dunlin::memory::{DirtyTracker, Ram};
-use dunlin::{Destination, Guest, GuestPlace, Machine, Report, Source, Status};
+use dunlin::{Destination, Guest, GuestPlace, Machine, Report, Source, StartPermit, Status};
 use dunlin_machines::SyntheticMachine;
 
 /// The number of the last message of a migration, by docs/wire-format.md.
@@ -95,9 +95,9 @@ impl Machine for Brittle {
         self.machine.pause()
     }
 
-    fn resume(&self) -> Result<(), MachineError> {
+    fn resume(&self, permit: &StartPermit) -> Result<(), MachineError> {
         self.reach(Step::Resume)?;
-        self.machine.resume()
+        self.machine.resume(permit)
     }
 
     fn save(&self) -> Result<Vec<StateSection>, MachineError> {

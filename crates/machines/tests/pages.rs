@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use common::{MIB, Random, empty_on, move_guest, parameters, source_on};
 use dunlin::memory::{DirtyTracker, Ram, RamBlock, WriteProtectTracker};
-use dunlin::{Destination, Guest, Machine, MachineError, Parameters, Source, StateSection, Status};
+use dunlin::{Destination, Guest, Machine, MachineError, Parameters, Source, StartPermit, StateSection, Status};
 use dunlin_machines::{Backing, SyntheticMachine};
 use rustix::fs::MemfdFlags;
 use vm_memory::{FileOffset, MmapRegion};
@@ -87,7 +87,7 @@ impl Machine for Bare {
     fn pause(&self) -> Result<(), MachineError> {
         Ok(())
     }
-    fn resume(&self) -> Result<(), MachineError> {
+    fn resume(&self, _: &StartPermit) -> Result<(), MachineError> {
         Ok(())
     }
     fn save(&self) -> Result<Vec<StateSection>, MachineError> {

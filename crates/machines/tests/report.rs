@@ -17,7 +17,8 @@ use common::{MIB, parameters, until};
 use dunlin::memory::{DirtyBitmap, DirtyTracker, Ram, TrackerError};
 use dunlin::report::DowntimeParts;
 use dunlin::{
-    Destination, Guest, GuestPlace, Machine, MachineError, Parameters, Report, Source, StateSection, Status, Uri,
+    Destination, Guest, GuestPlace, Machine, MachineError, Parameters, Report, Source, StartPermit, StateSection,
+    Status, Uri,
 };
 use dunlin_machines::{Backing, SyntheticConfig, SyntheticMachine};
 
@@ -26,8 +27,8 @@ const PAGE: u64 = 4096;
 const FRAME: u64 = (2 << 20) + (1 << 16);
 /// Messages of the handover, by the numbers of docs/wire-format.md.
 const RELEASE: u16 = 9;
-/// A message of the handover without contents.
-const MESSAGE: u64 = 48;
+/// A Release, the longest message of the handover that answers another.
+const MESSAGE: u64 = 64;
 const RUNNING: u16 = 10;
 
 /// What a machine has seen of the engine.
@@ -136,8 +137,8 @@ impl Machine for Counted {
         done
     }
 
-    fn resume(&self) -> Result<(), MachineError> {
-        let done = self.machine.resume();
+    fn resume(&self, permit: &StartPermit) -> Result<(), MachineError> {
+        let done = self.machine.resume(permit);
         self.seen.lock().unwrap().resumed = Some(Instant::now());
         done
     }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dunlin::Machine;
+use dunlin::{Machine, StartPermit};
 use dunlin_machines::synthetic::FaultKind;
 use dunlin_machines::{Backing, SyntheticConfig, SyntheticMachine};
 
@@ -23,7 +23,7 @@ fn machine(workload: &str, vcpus: u32) -> Arc<SyntheticMachine> {
 }
 
 fn run_for(machine: &SyntheticMachine, time: Duration) {
-    machine.resume().unwrap();
+    machine.resume(&StartPermit::unlimited()).unwrap();
     std::thread::sleep(time);
     machine.pause().unwrap();
 }
@@ -67,7 +67,7 @@ fn moves_by_hand() {
 #[test]
 fn verifies_a_running_machine() {
     let machine = machine("rate=max", 2);
-    machine.resume().unwrap();
+    machine.resume(&StartPermit::unlimited()).unwrap();
     for _ in 0..5 {
         std::thread::sleep(Duration::from_millis(10));
         let report = machine.verify().unwrap();
@@ -85,7 +85,7 @@ fn pause_is_quick_and_complete() {
         let machine = machine(workload, 2);
         let mut times = Vec::new();
         for _ in 0..20 {
-            machine.resume().unwrap();
+            machine.resume(&StartPermit::unlimited()).unwrap();
             std::thread::sleep(Duration::from_millis(5));
             let began = Instant::now();
             machine.pause().unwrap();
@@ -178,7 +178,7 @@ fn refuses_what_makes_no_sense() {
         assert!(error.contains("must be"), "{error}");
     }
     let empty = SyntheticMachine::empty(MIB, 1, Backing::Base).unwrap();
-    assert!(empty.verify().is_err() && empty.resume().is_err() && empty.save().is_err());
+    assert!(empty.verify().is_err() && empty.resume(&StartPermit::unlimited()).is_err() && empty.save().is_err());
     let other = machine("idle", 2);
     assert!(empty.accept_profile(&other.profile()).is_err() && empty.load(other.save().unwrap()).is_err());
 }

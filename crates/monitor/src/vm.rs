@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use dunlin::parameters::{Applies, ParameterError};
 use dunlin::{
     Destination, Guest, GuestError, MachineError, MigrationError, Ownership, PARAMETERS, Parameters, Report, Source,
-    Status, Uri,
+    Status, TakeBack, Uri,
 };
 use serde_json::Value;
 
@@ -250,6 +250,7 @@ impl Vm {
             Ownership::Undecided if migrated_in => RunState::InMigrate,
             Ownership::HandingOver | Ownership::Undecided => RunState::FinishMigrate,
             Ownership::Gone => RunState::PostMigrate,
+            _ => RunState::FinishMigrate,
         }
     }
 
@@ -480,17 +481,10 @@ impl Vm {
     /// A person's decision: the guest, which may be on either side, is here.
     ///
     /// # Errors
-    /// When nothing is undecided.
-    pub fn take_back(&self) -> Result<(), VmError> {
+    /// When nothing is undecided, or `rule` does not allow it yet.
+    pub fn take_back(&self, rule: TakeBack) -> Result<(), VmError> {
         let _one_at_a_time = self.begin()?;
-        match self.latest() {
-            Latest::Outgoing(source) => Ok(source.take_back()?),
-            Latest::Incoming(destination) => Ok(destination.take_over()?),
-            Latest::None => {
-                let place = self.guest.place(dunlin::Side::Source);
-                Err(GuestError::NothingToDecide(place).into())
-            }
-        }
+        Ok(self.guest.take_back(rule)?)
     }
 
     /// Has the machine check itself. Takes as long as that takes; other commands go on.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use dunlin::machine::{Machine, MachineError, StateSection};
 use dunlin::memory::{DirtyTracker, Ram};
 use dunlin::parameters::ParameterInfo;
-use dunlin::{Guest, PARAMETERS};
+use dunlin::{Guest, PARAMETERS, StartPermit};
 use dunlin_monitor::Vm;
 use dunlin_monitor::hmp::{self, Session};
 
@@ -32,7 +32,7 @@ impl Machine for Tiny {
     fn pause(&self) -> Result<(), MachineError> {
         Ok(())
     }
-    fn resume(&self) -> Result<(), MachineError> {
+    fn resume(&self, _: &StartPermit) -> Result<(), MachineError> {
         Ok(())
     }
     fn save(&self) -> Result<Vec<StateSection>, MachineError> {

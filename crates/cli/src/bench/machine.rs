@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow};
 use dunlin::memory::{DirtyTracker, Ram, RamBlock, WriteProtectTracker};
 use dunlin::units::format_size;
-use dunlin::{Machine, MachineError, StateSection};
+use dunlin::{Machine, MachineError, StartPermit, StateSection};
 use dunlin_machines::Backing;
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
@@ -124,7 +124,7 @@ impl Machine for Idle {
         Ok(())
     }
 
-    fn resume(&self) -> Result<(), MachineError> {
+    fn resume(&self, _: &StartPermit) -> Result<(), MachineError> {
         Ok(())
     }
 

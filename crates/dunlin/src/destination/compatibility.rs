@@ -1,17 +1,25 @@
 //! Whether what the source announces fits this machine. Checked as a whole before any RAM is sent.
 
-use crate::error::Cause;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::error::{Cause, GuestError, MachineStep};
+use crate::guest::Guest;
+use crate::link::CpuTime;
 use crate::machine::Machine;
 use crate::page;
 use crate::units::format_size;
 use crate::wire::{Start, UNCHECKED_PAGES};
+
+/// How long the machine may take to look at the other one's description: it may have to be made anew.
+const LOOK_LIMIT: Duration = Duration::from_secs(30);
 
 fn refuse<T>(reason: String) -> Result<T, Cause> {
     Err(Cause::Incompatible { reason })
 }
 
 /// Checks features, RAM layout and the machine's profile; gives the features that will be used.
-pub(super) fn check(start: &Start, machine: &dyn Machine) -> Result<Vec<String>, Cause> {
+pub(super) fn check(start: &Start, guest: &Guest, cpu: &Arc<CpuTime>) -> Result<Vec<String>, Cause> {
     let mut accepted = Vec::new();
     for feature in &start.features {
         if page::features().chain([UNCHECKED_PAGES]).any(|known| known == feature.name) {
@@ -21,10 +29,14 @@ pub(super) fn check(start: &Start, machine: &dyn Machine) -> Result<Vec<String>,
         }
     }
     // First what the machine makes of it: another kind of machine has other RAM blocks, which is not the point.
-    if let Err(error) = machine.accept_profile(&start.profile) {
-        return refuse(error.to_string());
+    let profile = start.profile.clone();
+    let look = move |machine: &dyn Machine| machine.accept_profile(&profile);
+    match guest.calls().call(MachineStep::AcceptProfile, LOOK_LIMIT, cpu, look) {
+        Ok(()) => {}
+        Err(GuestError::Machine { source, .. }) => return refuse(source.to_string()),
+        Err(error) => return Err(error.into()),
     }
-    check_layout(start, machine)?;
+    check_layout(start, &**guest.machine())?;
     Ok(accepted)
 }
 

@@ -15,10 +15,10 @@ mod session;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::channel::{Connection, Listener, Uri};
 use crate::error::{Cause, GuestError, MigrationError, Phase, Side, one_line};
@@ -46,17 +46,16 @@ enum Event {
     Again(Connection),
     /// Somebody on this side wants an end.
     Cancel,
-    /// A person decided that the guest is here.
-    TakeOver(Sender<Result<(), Cause>>),
+    /// The handle was dropped.
+    Close,
 }
 
 /// The session of the migration that is coming in.
 struct Current {
     id: SessionId,
+    /// The migration's number at the guest, where its handover stands.
+    coming: u64,
     events: Sender<Event>,
-    state: DestinationState,
-    /// Ready, and since when the source cannot be heard.
-    orphaned: Option<Instant>,
 }
 
 /// What all threads of a destination, and the handle, share.
@@ -112,6 +111,31 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    fn switchover_limit(&self) -> Duration {
+        lock(&self.parameters).switchover_limit()
+    }
+
+    /// The guest is here.
+    fn note_arrival(&self) {
+        self.guest.end_migration();
+        let mut report = lock(&self.report);
+        report.total_seconds = lock(&self.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
+        report.error = None;
+        report.not_converging = None;
+        self.change_status(&mut report, Status::Completed);
+        self.changed.notify_all();
+    }
+
+    /// A person has decided that the guest is here.
+    fn on_decision(&self) {
+        let arrived = lock(&self.session)
+            .as_ref()
+            .is_some_and(|current| self.guest.coming_at(current.coming) == Some(DestinationState::Running));
+        if arrived {
+            self.note_arrival();
+        }
+    }
+
     /// Of what was dirty after the last round, or of all at first, what has come since, of `pages` in all, is not to come
     /// any more.
     fn remaining_bytes(&self, after_round_bytes: u64, pages: u64) -> u64 {
@@ -152,7 +176,8 @@ impl Shared {
 /// A machine waiting for, receiving, or having received a migration, on threads of its own.
 ///
 /// After a failed migration it listens on for another, where its address can take one. Dropping it ends it and waits
-/// for its threads; a guest that has arrived stays.
+/// for its threads; a guest that has arrived stays, and so does one that is complete here and undecided:
+/// [`Guest::take_back`] decides it.
 pub struct Destination {
     shared: Arc<Shared>,
     acceptor: Option<JoinHandle<()>>,
@@ -235,18 +260,19 @@ impl Destination {
     /// listens on.
     ///
     /// # Errors
-    /// When the guest is here already.
+    /// When the guest is here already, or waits here for a decision and may be the only copy.
     pub fn cancel(&self) -> Result<(), MigrationError> {
         let session = lock(&self.shared.session);
-        match &*session {
-            Some(current) if matches!(current.state, DestinationState::Starting | DestinationState::Running) => {
+        let Some(current) = &*session else { return Ok(()) };
+        match self.shared.guest.coming_at(current.coming) {
+            Some(DestinationState::Starting | DestinationState::Running) => {
                 Err(self.shared.error(GuestError::Occupied.into()))
             }
-            Some(current) => {
+            _ if self.shared.guest.waits_for_decision() => Err(self.shared.error(GuestError::Undecided.into())),
+            _ => {
                 let _ = current.events.send(Event::Cancel);
                 Ok(())
             }
-            None => Ok(()),
         }
     }
 
@@ -265,32 +291,16 @@ impl Destination {
         parameters.change_live(wanted)
     }
 
-    /// Waits until the guest is here, or no further migration can come in.
+    /// Waits until the guest is here, or no further migration can come in, or the guest is here and only a person can say
+    /// whether it is to run.
     pub fn wait(&self) -> Report {
         let mut report = lock(&self.shared.report);
-        while report.status != Status::Completed && !self.shared.closed.load(Ordering::Acquire) {
+        let kept = |report: &Report| report.status == Status::Failed && self.shared.guest.waits_for_decision();
+        while report.status != Status::Completed && !kept(&report) && !self.shared.closed.load(Ordering::Acquire) {
             report = self.shared.changed.wait(report).unwrap_or_else(PoisonError::into_inner);
         }
         drop(report);
         self.report()
-    }
-
-    /// A person's decision: the guest, complete here and not released as far as is known here, is here and runs on.
-    ///
-    /// # Errors
-    /// When nothing is undecided here, or the source can still be heard.
-    pub fn take_over(&self) -> Result<(), MigrationError> {
-        let nothing = || {
-            let place = self.shared.guest.place(Side::Destination);
-            self.shared.error(GuestError::NothingToDecide(place).into())
-        };
-        let (answer, answered) = mpsc::channel();
-        {
-            let session = lock(&self.shared.session);
-            let current = session.as_ref().filter(|current| current.orphaned.is_some()).ok_or_else(nothing)?;
-            current.events.send(Event::TakeOver(answer)).map_err(|_| nothing())?;
-        }
-        answered.recv().map_err(|_| nothing())?.map_err(|cause| self.shared.error(cause))
     }
 }
 

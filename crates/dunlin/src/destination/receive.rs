@@ -5,6 +5,7 @@ use std::sync::mpsc::Sender;
 
 use super::Event;
 use super::placement::{Placement, Staging};
+use crate::clock::Contact;
 use crate::error::Cause;
 use crate::link::{
     ChannelClock, ChannelCounters, CpuTime, FrameReceiver, LastHeard, Place, Places, Received, contain, spawn,
@@ -66,6 +67,8 @@ pub(super) struct Receiving {
     /// Pages are counted here.
     pub(super) counters: Arc<ChannelCounters>,
     pub(super) heard: Arc<LastHeard>,
+    /// Where decisions look for when the source was last heard of; only on the connection for messages.
+    pub(super) contact: Option<Arc<Contact>>,
     pub(super) events: Sender<Event>,
     pub(super) places: Arc<Places>,
     pub(super) staging: Staging,
@@ -123,6 +126,9 @@ impl Receiving {
             Received::Message(_) => Between::Rounds,
         };
         self.heard.touch();
+        if let Some(contact) = &self.contact {
+            contact.touch();
+        }
         match (received, self.carries.channel()) {
             (Received::Pages, Some(channel)) => {
                 self.placement.place(channel, &self.receiver, runs, &self.counters, &mut self.staging)?;

@@ -15,8 +15,9 @@ use super::placement::{Placement, Staging};
 use super::receive::{Carries, Receiving};
 use super::{Event, Shared};
 use crate::channel::Connection;
+use crate::clock::Contact;
 use crate::error::{Cause, MachineStep, Phase, Side};
-use crate::guest::Resume;
+use crate::guest::{Came, Heard, Resume};
 use crate::handover::{DestinationAction, DestinationEvent, DestinationState};
 use crate::link::{
     COUNTED_HELLO_BYTES, ChannelCounters, FrameReceiver, FrameSender, LastHeard, Places, Pulse, SharedSender,
@@ -25,8 +26,8 @@ use crate::link::{
 use crate::parameters::Integrity;
 use crate::report::{DeltaCounts, DowntimeParts, PageCounts, Round, Status};
 use crate::wire::{
-    Abort, AbortReason, HelloReply, MarkAck, Message, Offer, Role, RoundDone, Running, Section, SessionId, Start,
-    UNCHECKED_PAGES,
+    Abort, AbortReason, Done, HelloReply, MarkAck, Message, Offer, Ready, Release, Role, RoundDone, Running, Section,
+    SessionId, Start, UNCHECKED_PAGES,
 };
 
 /// How long after a lost data channel the source's reason may take on the control connection.
@@ -34,22 +35,44 @@ const REASON: Duration = Duration::from_secs(1);
 /// How long the last message may take to arrive before its connection is closed.
 const LAST_WORD: Duration = Duration::from_secs(1);
 
-/// How a session ended, as a source that asks later is told.
+/// An ended session, for a source that asks later.
 #[derive(Debug, Clone)]
-pub(super) enum Outcome {
-    /// The guest is here.
-    Running(Running),
-    /// It will never run here.
-    Aborted(Abort),
+pub(super) struct Ended {
+    pub(super) id: SessionId,
+    state: DestinationState,
+    epoch: u64,
+    running: Running,
+    abort: Abort,
+}
+
+impl Ended {
+    /// Whether the guest came.
+    pub(super) fn has_arrived(&self) -> bool {
+        self.state == DestinationState::Running
+    }
+
+    /// What a source is told that asks where this side stands.
+    pub(super) fn answers(&self) -> Vec<Message> {
+        let actions = self.state.on(DestinationEvent::Query).map(|(_, actions)| actions).unwrap_or_default();
+        let message = |action: &DestinationAction| match action {
+            DestinationAction::SendRunning => Some(Message::Running(Running { epoch: self.epoch, ..self.running })),
+            DestinationAction::SendAborted => Some(Message::Abort(self.abort.clone())),
+            _ => None,
+        };
+        actions.iter().filter_map(message).collect()
+    }
 }
 
 /// A session.
 pub(super) struct Session<'a> {
     shared: &'a Shared,
     id: SessionId,
+    /// The migration's number at the guest, where its handover stands.
+    coming: u64,
     role: Role,
     to_self: Sender<Event>,
     events: Receiver<Event>,
+    contact: Arc<Contact>,
     placement: Arc<Placement>,
     link: Option<Link>,
     /// Connections for messages so far.
@@ -63,8 +86,8 @@ pub(super) struct Session<'a> {
     channels_due: Instant,
     device_state: DeviceState,
     offer: Option<Offer>,
-    state: DestinationState,
     running: Running,
+    epoch: u64,
     /// What ended it.
     cause: Option<Cause>,
     /// A data channel is lost; the control connection may yet tell why.
@@ -76,17 +99,20 @@ impl<'a> Session<'a> {
     pub(super) fn new(
         shared: &'a Shared,
         id: SessionId,
+        coming: u64,
+        contact: Arc<Contact>,
         role: Role,
-        to_self: Sender<Event>,
-        events: Receiver<Event>,
+        (to_self, events): (Sender<Event>, Receiver<Event>),
     ) -> Self {
         let link_timeout = lock(&shared.parameters).link_timeout;
         Self {
             shared,
             id,
+            coming,
             role,
             to_self,
             events,
+            contact,
             placement: Arc::new(Placement::new(shared.guest.machine().ram())),
             link: None,
             links: 0,
@@ -96,22 +122,35 @@ impl<'a> Session<'a> {
             channels_due: Instant::now() + link_timeout,
             device_state: DeviceState::default(),
             offer: None,
-            state: DestinationState::Loading,
-            running: Running { load: Duration::ZERO, resume: Duration::ZERO, cpu: Duration::ZERO },
+            running: Running { load: Duration::ZERO, resume: Duration::ZERO, cpu: Duration::ZERO, epoch: 1 },
+            epoch: 1,
             cause: None,
             suspicion: None,
             done: false,
         }
     }
 
-    /// Drives the session to its end.
-    pub(super) fn run(mut self, control: Connection) -> Outcome {
+    /// Where the handover stands.
+    fn state(&self) -> DestinationState {
+        self.shared.guest.coming_at(self.coming).unwrap_or(DestinationState::Aborted)
+    }
+
+    /// Drives the session, whose connection has brought `start` in `start_bytes` bytes, to its end.
+    pub(super) fn run(mut self, control: Connection, start: &Start, start_bytes: u64) -> Ended {
         let mut meter = self.shared.cpu.meter();
         self.begin_report();
-        if let Err(cause) = self.welcome(control) {
+        let carries = match self.role {
+            Role::Single => Carries::Everything { link: 0 },
+            _ => Carries::Control { link: 0 },
+        };
+        // Its Start has been read.
+        let begun = self
+            .link(control, carries, Some(start_bytes))
+            .and_then(|()| contain("destination session", || self.on_start(start)));
+        if let Err(cause) = begun {
             self.fail(cause);
         }
-        while !self.done && self.state != DestinationState::Aborted {
+        while !self.done && self.state() != DestinationState::Aborted {
             if let Err(cause) = contain("destination session", || self.step()) {
                 self.fail(cause);
             }
@@ -148,17 +187,8 @@ impl<'a> Session<'a> {
         self.shared.change_status(&mut report, Status::Active);
     }
 
-    fn welcome(&mut self, control: Connection) -> Result<(), Cause> {
-        answer_hello(&control, &HelloReply::Welcome)?;
-        let link = self.links;
-        self.link(
-            control,
-            if self.role == Role::Single { Carries::Everything { link } } else { Carries::Control { link } },
-        )
-    }
-
-    /// Takes over a connection for messages.
-    fn link(&mut self, connection: Connection, carries: Carries) -> Result<(), Cause> {
+    /// Takes over a connection for messages, of which a Start of `start_bytes` may have been read.
+    fn link(&mut self, connection: Connection, carries: Carries, start_bytes: Option<u64>) -> Result<(), Cause> {
         let number = self.links;
         self.links = self.links.saturating_add(1);
         let timeout = lock(&self.shared.parameters).link_timeout;
@@ -172,6 +202,9 @@ impl<'a> Session<'a> {
             Carries::Control { .. } | Carries::Pages { .. } => control,
         };
         receiver.count_pages_in(pages.clone());
+        if let Some(bytes) = start_bytes {
+            receiver.has_read(bytes);
+        }
         let heard = Arc::new(LastHeard::now());
         let places = Arc::new(Places::default());
         let sender: SharedSender = Arc::new(FrameSender::new(connection.clone(), Arc::default()).into());
@@ -181,6 +214,7 @@ impl<'a> Session<'a> {
             placement: self.placement.clone(),
             counters: pages,
             heard: heard.clone(),
+            contact: Some(self.contact.clone()),
             events: self.to_self.clone(),
             places: places.clone(),
             staging: Staging::default(),
@@ -245,49 +279,77 @@ impl<'a> Session<'a> {
             Event::ChannelLost(cause) => self.on_channel_lost(cause),
             Event::Data { index, connection } => self.on_data(index, connection),
             Event::Again(connection) => self.on_again(connection),
-            Event::Cancel if matches!(self.state, DestinationState::Starting | DestinationState::Running) => {
-                // The guest is here. What is left is the source's Done, and nobody waits for it any more.
+            Event::Cancel | Event::Close => self.on_end_wanted(matches!(event, Event::Close)),
+        }
+    }
+
+    /// Somebody wants an end: a person, or who dropped the handle.
+    fn on_end_wanted(&mut self, dropped: bool) -> Result<(), Cause> {
+        match self.state() {
+            DestinationState::Loading | DestinationState::Aborted => Err(Cause::Cancelled),
+            // The source can be told, and has the guest.
+            DestinationState::Ready if !dropped && !self.shared.guest.waits_for_decision() => Err(Cause::Cancelled),
+            // This may be the only copy: it stays with the guest, and can be decided there.
+            _ if dropped => {
                 self.done = true;
                 Ok(())
             }
-            Event::Cancel => Err(Cause::Cancelled),
-            Event::TakeOver(answer) => {
-                let taken = self.advance(DestinationEvent::TakeOver);
-                let _ = answer.send(taken);
-                Ok(())
-            }
+            _ => Ok(()),
         }
     }
 
     fn on_message(&mut self, message: Message) -> Result<(), Cause> {
+        let loading = self.state() == DestinationState::Loading;
+        let epoch = |epoch| Heard { epoch, ..Heard::default() };
         match message {
-            Message::Start(start) if self.expected.is_none() => self.on_start(&start),
-            Message::RoundDone(round) if self.state == DestinationState::Loading => {
+            Message::RoundDone(round) if loading => {
                 self.on_round(*round);
                 Ok(())
             }
-            Message::Section(section) if self.state == DestinationState::Loading => self.on_section(section),
+            Message::Section(section) if loading => self.on_section(section),
             Message::Offer(offer) if self.offer.is_none() => {
                 *lock(&self.shared.phase) = Phase::Handover;
                 self.offer = Some(offer);
+                let run = if offer.run { Resume::Run } else { Resume::StayPaused };
+                self.shared.guest.coming_runs(self.coming, run);
                 self.load_if_complete()
             }
-            Message::Release => self.advance(DestinationEvent::Release),
-            Message::Query => self.advance(DestinationEvent::Query),
-            Message::Abort(abort) => {
-                self.cause = Some(peer_aborted(abort));
-                self.advance(DestinationEvent::Abort)
+            Message::Release(Release { epoch, question, lease }) => {
+                self.advance(DestinationEvent::Release, Heard { epoch, question, lease })
             }
-            Message::Done(done) if self.state == DestinationState::Running => {
-                let mut report = lock(&self.shared.report);
-                report.downtime_seconds = done.downtime.as_secs_f64();
-                report.downtime_parts = DowntimeParts::from_nanoseconds(done.parts);
-                report.cpu_seconds.source = Some(done.cpu.as_secs_f64());
-                self.done = true;
+            Message::Query { epoch: theirs } => self.advance(DestinationEvent::Query, epoch(theirs)),
+            // The source keeps its guest, paused: what runs here goes on.
+            Message::Abort(abort) if abort.reason == AbortReason::Kept => {
+                self.note_conflict("the source has paused its guest and keeps it; this side decided later");
+                Ok(())
+            }
+            Message::Abort(abort) => {
+                let heard = epoch(abort.epoch);
+                self.cause = Some(peer_aborted(abort));
+                self.advance(DestinationEvent::Abort, heard)
+            }
+            Message::Done(done) if self.state() == DestinationState::Running => {
+                self.on_done(done);
                 Ok(())
             }
             other => Err(Cause::Unexpected { message: other.name(), expected: "what comes next in a migration" }),
         }
+    }
+
+    fn on_done(&mut self, done: Done) {
+        {
+            let mut report = lock(&self.shared.report);
+            report.downtime_seconds = done.downtime.as_secs_f64();
+            report.downtime_parts = DowntimeParts::from_nanoseconds(done.parts);
+            report.cpu_seconds.source = Some(done.cpu.as_secs_f64());
+        }
+        self.shared.guest.settle_claim(self.coming);
+        self.done = true;
+    }
+
+    fn note_conflict(&self, here: &'static str) {
+        let error = self.shared.error(Cause::Conflict { here });
+        lock(&self.shared.report).error = Some((&error).into());
     }
 
     fn on_start(&mut self, start: &Start) -> Result<(), Cause> {
@@ -296,7 +358,7 @@ impl<'a> Session<'a> {
             let reason = format!("{} data channels do not go with this kind of connection", start.channels);
             return Err(Cause::Incompatible { reason });
         }
-        let features = compatibility::check(start, &**self.shared.guest.machine())?;
+        let features = compatibility::check(start, &self.shared.guest, &self.shared.cpu)?;
         let unchecked = features.iter().any(|feature| feature == UNCHECKED_PAGES);
         self.placement.open(if unchecked { Integrity::None } else { Integrity::Checksum }, start.channels);
         self.expected = Some(start.channels);
@@ -313,7 +375,7 @@ impl<'a> Session<'a> {
     fn on_data(&mut self, index: u8, connection: Connection) -> Result<(), Cause> {
         let expected = self.expected.unwrap_or(0);
         let taken = self.channels.iter().any(|channel| channel.index == index);
-        if index >= expected || taken || self.state != DestinationState::Loading {
+        if index >= expected || taken || self.state() != DestinationState::Loading {
             let reason = format!("data channel {index} is not expected: {expected} were announced, each comes once");
             self.shared.refused(connection.name(), &reason);
             return answer_hello(&connection, &HelloReply::Refused { reason }).or(Ok(()));
@@ -329,6 +391,7 @@ impl<'a> Session<'a> {
             placement: self.placement.clone(),
             counters,
             heard: Arc::new(LastHeard::now()),
+            contact: None,
             events: self.to_self.clone(),
             places: places.clone(),
             staging: Staging::default(),
@@ -380,7 +443,7 @@ impl<'a> Session<'a> {
             Role::Single => self.single_round >= offer.last_round,
             _ => self.all_connected() && self.channels.iter().all(|channel| channel.round >= offer.last_round),
         };
-        if !arrived || self.state != DestinationState::Loading {
+        if !arrived || self.state() != DestinationState::Loading {
             return Ok(());
         }
         let began = Instant::now();
@@ -395,11 +458,11 @@ impl<'a> Session<'a> {
             });
         }
         let sections = self.device_state.take(offer.sections)?;
-        let machine = self.shared.guest.machine();
-        machine.load(sections).map_err(|source| Cause::Machine { step: MachineStep::Load, source })?;
+        let (calls, limit) = (self.shared.guest.calls(), self.shared.switchover_limit());
+        calls.call(MachineStep::Load, limit, &self.shared.cpu, move |machine| machine.load(sections))?;
         self.running.load = began.elapsed();
         lock(&self.shared.report).ram.remaining_bytes = 0;
-        self.advance(DestinationEvent::Loaded)
+        self.advance(DestinationEvent::Loaded, Heard::default())
     }
 
     fn on_lost(&mut self, cause: Cause) -> Result<(), Cause> {
@@ -409,16 +472,18 @@ impl<'a> Session<'a> {
         } else {
             cause
         };
+        self.without_link(cause)
+    }
+
+    /// There is no connection for messages any more.
+    fn without_link(&mut self, cause: Cause) -> Result<(), Cause> {
         self.link = None;
-        self.advance(DestinationEvent::LinkLost)?;
-        match self.state {
+        self.advance(DestinationEvent::LinkLost, Heard::default())?;
+        match self.state() {
             DestinationState::Ready => {
                 // Not the end: the source connects again, or a person decides.
                 let error = self.shared.error(Cause::Orphaned { last: cause.to_string() });
                 lock(&self.shared.report).error = Some((&error).into());
-                if let Some(current) = &mut *lock(&self.shared.session) {
-                    current.orphaned = Some(Instant::now());
-                }
             }
             DestinationState::Aborted => self.cause = self.suspicion.take().map(|(cause, _)| cause).or(Some(cause)),
             _ => {}
@@ -427,7 +492,7 @@ impl<'a> Session<'a> {
     }
 
     fn on_channel_lost(&mut self, cause: Cause) -> Result<(), Cause> {
-        if self.state != DestinationState::Loading || self.suspicion.is_some() {
+        if self.state() != DestinationState::Loading || self.suspicion.is_some() {
             return Ok(());
         }
         match cause {
@@ -441,73 +506,75 @@ impl<'a> Session<'a> {
 
     fn on_again(&mut self, connection: Connection) -> Result<(), Cause> {
         self.link = None;
-        if let Some(current) = &mut *lock(&self.shared.session) {
-            current.orphaned = None;
+        let carries = Carries::Control { link: self.links };
+        let linked =
+            answer_hello(&connection, &HelloReply::Welcome).and_then(|()| self.link(connection, carries, None));
+        match linked {
+            Ok(()) => {
+                self.shared.guest.reconnected(self.coming);
+                Ok(())
+            }
+            // As if it had not come: the source comes again, or a person decides.
+            Err(cause) => self.without_link(cause),
         }
-        // That this connection fails too changes nothing: the source comes again.
-        let linked = answer_hello(&connection, &HelloReply::Welcome);
-        let _ = linked.and_then(|()| self.link(connection, Carries::Control { link: self.links }));
-        Ok(())
     }
 
-    /// Advances the handover and carries out its actions.
-    fn advance(&mut self, event: DestinationEvent) -> Result<(), Cause> {
-        let (next, actions) = self.state.on(event)?;
-        let before = std::mem::replace(&mut self.state, next);
-        if before != next {
-            self.enter(next);
+    /// Advances the handover and sends what is to be sent.
+    fn advance(&mut self, event: DestinationEvent, heard: Heard) -> Result<(), Cause> {
+        let began = Instant::now();
+        let mut came = self.shared.guest.come(self.coming, event, heard, self.shared.switchover_limit())?;
+        self.epoch = came.say.epoch;
+        if came.actions.contains(&DestinationAction::StartGuest) && came.state == DestinationState::Running {
+            self.running.resume = began.elapsed();
         }
-        for action in actions {
-            // A message that cannot be sent is asked for again over another connection.
-            match action {
-                DestinationAction::SendReady => drop(self.send(&Message::Ready)),
+        if let Some(error) = came.error.take()
+            && matches!(came.state, DestinationState::Aborted | DestinationState::Kept)
+        {
+            self.cause = Some(error.into());
+        }
+        if came.before != came.state {
+            self.enter(&came);
+        }
+        for action in &came.actions {
+            let message = match action {
+                DestinationAction::SendReady => {
+                    Message::Ready(Ready { epoch: came.say.epoch, question: came.say.question })
+                }
                 DestinationAction::SendRunning => {
                     self.running.cpu = self.shared.cpu.total();
-                    drop(self.send(&Message::Running(self.running)));
+                    self.running.epoch = came.say.epoch;
+                    Message::Running(self.running)
                 }
-                DestinationAction::SendAborted => drop(self.send(&Message::Abort(self.abort()))),
-                DestinationAction::StartGuest => self.start_guest()?,
-            }
+                DestinationAction::SendAborted => Message::Abort(self.abort()),
+                DestinationAction::SendKept => Message::Abort(self.kept()),
+                DestinationAction::StartGuest | DestinationAction::RevokeStart | DestinationAction::PauseGuest => {
+                    continue;
+                }
+            };
+            // A message that cannot be sent is asked for again over another connection.
+            let _ = self.send(&message);
         }
         Ok(())
     }
 
-    /// What a state means for the guest and the report.
-    fn enter(&self, state: DestinationState) {
-        if let Some(current) = &mut *lock(&self.shared.session) {
-            current.state = state;
-        }
-        match state {
-            DestinationState::Ready => {
-                self.shared.guest.undecided();
-                self.shared.set_status(Phase::Handover, Status::Device);
-            }
-            DestinationState::Aborted => self.shared.guest.await_again(),
-            DestinationState::Running => {
-                self.shared.guest.end_migration();
-                let mut report = lock(&self.shared.report);
-                report.total_seconds = lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
-                report.error = None;
-                report.not_converging = None;
-                self.shared.change_status(&mut report, Status::Completed);
+    /// What a state means for the report.
+    fn enter(&self, came: &Came) {
+        match came.state {
+            DestinationState::Ready => self.shared.set_status(Phase::Handover, Status::Device),
+            DestinationState::Running => self.shared.note_arrival(),
+            DestinationState::Kept if came.before == DestinationState::Running => {
+                self.note_conflict("the source decided later and runs it; it is paused here");
                 self.shared.changed.notify_all();
             }
-            DestinationState::Loading | DestinationState::Starting => {}
-        }
-    }
-
-    fn start_guest(&mut self) -> Result<(), Cause> {
-        let began = Instant::now();
-        let run = if self.offer.is_some_and(|offer| offer.run) { Resume::Run } else { Resume::StayPaused };
-        match self.shared.guest.own(run) {
-            Ok(()) => {
-                self.running.resume = began.elapsed();
-                self.advance(DestinationEvent::Started)
+            DestinationState::Kept => {
+                let why = self.cause.as_ref().map_or_else(String::new, ToString::to_string);
+                let error = self.shared.error(Cause::MayHaveRun { why });
+                let mut report = lock(&self.shared.report);
+                report.error = Some((&error).into());
+                self.shared.change_status(&mut report, Status::Failed);
+                self.shared.changed.notify_all();
             }
-            Err(error) => {
-                self.cause = Some(error.into());
-                self.advance(DestinationEvent::StartFailed)
-            }
+            _ => {}
         }
     }
 
@@ -522,42 +589,47 @@ impl<'a> Session<'a> {
             Some(cause) => cause.to_string(),
             None => "the destination gave up".to_owned(),
         };
-        Abort { reason, guest: self.shared.guest.place(Side::Destination), text }
+        Abort { reason, guest: self.shared.guest.place(Side::Destination), epoch: self.epoch, text }
+    }
+
+    fn kept(&self) -> Abort {
+        let text = match &self.cause {
+            Some(cause) => cause.to_string(),
+            None => "the destination keeps the guest, paused".to_owned(),
+        };
+        let guest = self.shared.guest.place(Side::Destination);
+        Abort { reason: AbortReason::Kept, guest, epoch: self.epoch, text }
     }
 
     /// Something failed on this side.
     fn fail(&mut self, cause: Cause) {
-        if self.state == DestinationState::Starting {
-            // The machine's resume panicked: it may run or not, so this side may not say that it never will.
-            let error = self.shared.error(cause);
-            lock(&self.shared.report).error = Some((&error).into());
-            return;
-        }
-        // Once the guest is here nothing that happens to a connection is a failure.
-        if !matches!(self.state, DestinationState::Loading | DestinationState::Ready) {
-            return;
+        let wanted = matches!(cause, Cause::Cancelled);
+        match self.state() {
+            DestinationState::Loading => {}
+            DestinationState::Ready if wanted => {}
+            // What a connection brings that makes no sense costs that connection, and nothing else: this may be the only
+            // copy of the guest.
+            DestinationState::Aborted => return,
+            _ => return drop(self.without_link(cause)),
         }
         let _ = self.placement.close();
         self.cause = Some(cause);
-        let _ = self.advance(DestinationEvent::Failed);
+        let _ = self.advance(DestinationEvent::Failed, Heard::default());
     }
 
     /// Closes everything; tells how it ended.
-    fn end(mut self) -> Outcome {
+    fn end(mut self) -> Ended {
         let _ = self.placement.close();
         if let Some(link) = &self.link {
             link.connection.finish(LAST_WORD);
         }
         self.link = None;
         self.channels.clear();
-        if self.state != DestinationState::Aborted {
-            if self.state == DestinationState::Starting {
-                // Its resume panicked: nothing more will come of this migration, as little as that is.
-                self.shared.guest.end_migration();
-            }
-            return Outcome::Running(self.running);
+        let state = self.state();
+        let ended = Ended { id: self.id, state, epoch: self.epoch, running: self.running, abort: self.abort() };
+        if state != DestinationState::Aborted {
+            return ended;
         }
-        let outcome = Outcome::Aborted(self.abort());
         let status = match &self.cause {
             Some(Cause::Cancelled | Cause::CancelledByPeer { .. }) => Status::Cancelled,
             _ => Status::Failed,
@@ -572,7 +644,7 @@ impl<'a> Session<'a> {
         report.error = Some((&error).into());
         self.shared.change_status(&mut report, status);
         self.shared.changed.notify_all();
-        outcome
+        ended
     }
 }
 
@@ -580,7 +652,7 @@ fn peer_aborted(abort: Abort) -> Cause {
     let by = Side::Source;
     match abort.reason {
         AbortReason::Cancelled => Cause::CancelledByPeer { by },
-        AbortReason::Failed => Cause::Peer { by, reason: abort.text },
+        AbortReason::Failed | AbortReason::Kept => Cause::Peer { by, reason: abort.text },
         AbortReason::Refused => Cause::Refused { by, reason: abort.text },
     }
 }

@@ -6,11 +6,14 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use super::{DirtyRateError, DirtyRateMode, DirtyRateRequest};
-use crate::error::Cause;
+use crate::error::{Cause, GuestError, MachineStep};
+use crate::guest::Calls;
 use crate::machine::{Machine, Vcpus};
 use crate::memory::{DirtyBitmap, DirtyTracker, PAGE_SIZE, Ram, RamBlock};
 use crate::wire::data_checksum;
 
+/// How long the machine may take to make a tracker.
+const TRACKER_LIMIT: Duration = Duration::from_secs(10);
 const GIB: u64 = 1 << 30;
 
 /// What came out.
@@ -35,14 +38,23 @@ enum How {
 
 impl Measurement {
     /// Settles whether it can be made; a tracker is started.
-    pub(super) fn begin(machine: Arc<dyn Machine>, request: &DirtyRateRequest) -> Result<Self, DirtyRateError> {
+    pub(super) fn begin(
+        machine: Arc<dyn Machine>,
+        calls: &Calls,
+        request: &DirtyRateRequest,
+    ) -> Result<Self, DirtyRateError> {
         let how = match request.mode {
             DirtyRateMode::PageSampling => How::Sampling { pages_of_gib: request.sample_pages },
             mode => {
                 if mode == DirtyRateMode::DirtyRing && machine.vcpus().and_then(Vcpus::dirtied).is_none() {
                     return Err(DirtyRateError::NoRing);
                 }
-                let tracker = machine.dirty_tracker().map_err(DirtyRateError::Machine)?;
+                let track = |machine: &dyn Machine| machine.dirty_tracker();
+                let tracker = match calls.call(MachineStep::Track, TRACKER_LIMIT, &Arc::default(), track) {
+                    Ok(tracker) => tracker,
+                    Err(GuestError::Machine { source, .. }) => return Err(DirtyRateError::Machine(source)),
+                    Err(error) => return Err(DirtyRateError::Machine(error.into())),
+                };
                 tracker.start()?;
                 How::Tracking { tracker, mode }
             }

@@ -14,6 +14,7 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Cause, GuestError};
+use crate::guest::Calls;
 use crate::link::{contain, lock, spawn};
 use crate::machine::{Machine, MachineError};
 use crate::memory::TrackerError;
@@ -200,6 +201,7 @@ impl DirtyRateService {
     /// that begins later gets by without [`give_up_tracker`](Self::give_up_tracker).
     pub(crate) fn start(
         &self,
+        calls: &Calls,
         request: &DirtyRateRequest,
         may_track: impl FnOnce() -> Result<(), DirtyRateError>,
     ) -> Result<(), DirtyRateError> {
@@ -220,7 +222,7 @@ impl DirtyRateService {
         if tracks {
             may_track()?;
         }
-        let measurement = Measurement::begin(self.machine.clone(), request)?;
+        let measurement = Measurement::begin(self.machine.clone(), calls, request)?;
         let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let begun = DirtyRate {
             status: DirtyRateStatus::Measuring,

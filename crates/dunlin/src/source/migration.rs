@@ -24,6 +24,9 @@ use crate::wire::{Message, RoundDone, SessionId};
 /// Pausing, reading, loading and resuming a machine, before there is a measurement.
 const PAUSE_SAVE_LOAD_RESUME: Duration = Duration::from_millis(1);
 
+/// How long the machine may take to answer while the guest runs.
+pub(super) const MACHINE_LIMIT: Duration = Duration::from_secs(30);
+
 /// Pause before the next round while not the guest's writes but the switchover itself takes too long: only a change of
 /// parameters can help.
 const NOTHING_TO_GAIN: Duration = Duration::from_millis(100);
@@ -59,11 +62,11 @@ pub(super) fn run(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<E
 fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) -> Result<(), Cause> {
     let session =
         SessionId::random().map_err(|source| Cause::Io { doing: "make", target: "a session id".into(), source })?;
-    lock(&shared.handover).session = Some(session);
+    *lock(&shared.session) = Some(session);
     lock(&shared.report).session = Some(session.to_string());
     let machine = shared.guest.machine().clone();
-    let track = || machine.dirty_tracker().map_err(|source| Cause::Machine { step: MachineStep::Track, source });
-    let tracker = contain("source", track)?;
+    let calls = shared.guest.calls();
+    let tracker = calls.call(MachineStep::Track, MACHINE_LIMIT, &shared.cpu, |machine| machine.dirty_tracker())?;
     let control = match contain("source", || setup::open(shared, session, events)) {
         Ok(control) => control,
         Err(cause) => return switchover::fail(shared, None, cause),
@@ -106,6 +109,7 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
     match contain("source", || migration.precopy().and_then(|round| migration.switch_over(round + 1))) {
         Ok(()) => Ok(()),
         Err(cause) => {
+            let cause = shared.or_cancelled(cause);
             let Migration { control, workers, .. } = migration;
             // The guest first: it may be paused, and joining threads takes its time.
             let failed = switchover::begin_to_fail(shared, &cause);
@@ -179,22 +183,8 @@ impl Migration<'_> {
         }
         match failed {
             None => Ok(marked),
-            Some(cause) => Err(self.reason_of_worker(cause)),
+            Some(cause) => Err(self.shared.reason_for(cause, self.incoming)),
         }
-    }
-
-    /// A worker's connection failed. If the destination closed it, it says why on the control connection.
-    fn reason_of_worker(&self, cause: Cause) -> Cause {
-        let deadline = Instant::now() + Duration::from_secs(1);
-        while let Ok(event) = self.incoming.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            match event {
-                Event::Message(Message::Abort(abort), _) => return setup::aborted(&abort),
-                Event::Cancel => return Cause::Cancelled,
-                Event::Lost(_) => return cause,
-                Event::Message(..) | Event::Worker(_) | Event::Continue => {}
-            }
-        }
-        cause
     }
 
     /// Counts the acknowledgements of a round that come before all workers are done.

@@ -21,13 +21,14 @@ mod workers;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::channel::{Connection, Uri};
+use crate::clock::Contact;
 use crate::error::{Cause, GuestError, MigrationError, Phase, Side};
-use crate::guest::{Guest, GuestEvent, Resume};
+use crate::guest::{Ground, Guest, GuestEvent};
 use crate::handover::SourceState;
 use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
 use crate::parameters::{ParameterError, Parameters};
@@ -52,22 +53,11 @@ enum Event {
     Continue,
 }
 
-/// The handover as it stands, and what its actions need.
-struct Handover {
-    state: SourceState,
-    session: Option<SessionId>,
-    /// Whether the guest was running when it was paused for the switchover.
-    run: Resume,
-    offer: Option<Offer>,
-    /// When the guest was stopped.
-    stopped: Option<Instant>,
-    /// When the destination was released to run it.
-    released: Option<Instant>,
-}
-
 /// What all threads of a migration, and the handle, share.
 struct Shared {
     guest: Arc<Guest>,
+    /// The migration's number at the guest, where its handover stands.
+    id: u64,
     uri: Uri,
     /// Where it is a descriptor: what that named when it was given.
     given: Mutex<Option<Connection>>,
@@ -79,7 +69,12 @@ struct Shared {
     /// The handle was dropped: nobody waits for an answer any more.
     abandoned: AtomicBool,
     events: Mutex<Option<Sender<Event>>>,
-    handover: Mutex<Handover>,
+    session: Mutex<Option<SessionId>>,
+    offer: Mutex<Option<Offer>>,
+    /// When the switchover's time began to run.
+    switchover: Mutex<Option<Instant>>,
+    /// When the destination was last heard of.
+    contact: Arc<Contact>,
     phase: Mutex<Phase>,
     report: Mutex<Report>,
     ended: Condvar,
@@ -152,6 +147,28 @@ impl Shared {
         }
     }
 
+    /// A data channel failed. If the destination closed it, it says why on the control connection.
+    fn reason_for(&self, cause: Cause, incoming: &Receiver<Event>) -> Cause {
+        const REASON: Duration = Duration::from_secs(1);
+        let deadline = Instant::now() + REASON;
+        while let Ok(event) = incoming.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match event {
+                Event::Message(Message::Abort(abort), _) => return setup::aborted(&abort),
+                Event::Cancel => return Cause::Cancelled,
+                Event::Lost(_) => return cause,
+                Event::Message(..) | Event::Worker(_) | Event::Continue => {}
+            }
+        }
+        cause
+    }
+
+    /// What ended a migration that somebody wants ended: not what became of its connections then.
+    fn or_cancelled(&self, cause: Cause) -> Cause {
+        let of_link =
+            matches!(cause, Cause::Io { .. } | Cause::Closed { .. } | Cause::Silent { .. } | Cause::Wire { .. });
+        if of_link && self.stop.load(Ordering::Acquire) { Cause::Cancelled } else { cause }
+    }
+
     /// Why the control connection was lost: the pulse knows better than the socket.
     fn lost(&self, control: &Control, cause: Cause) -> Cause {
         if control.found_silence() {
@@ -166,6 +183,21 @@ impl Shared {
         *part(lock(&self.report).downtime_parts.get_or_insert_default()) = seconds;
     }
 
+    /// The time of the switchover runs from now.
+    fn begin_switchover(&self) {
+        *lock(&self.switchover) = Some(Instant::now());
+    }
+
+    fn switchover_timeout(&self) -> Duration {
+        lock(&self.parameters).switchover_limit()
+    }
+
+    /// What is left of the switchover's time.
+    fn time_left(&self) -> Duration {
+        let passed = lock(&self.switchover).map_or(Duration::ZERO, |began| began.elapsed());
+        self.switchover_timeout().saturating_sub(passed)
+    }
+
     fn error(&self, phase: Phase, cause: Cause) -> MigrationError {
         MigrationError { side: Side::Source, phase, guest: self.guest.place(Side::Source), cause }
     }
@@ -175,10 +207,9 @@ impl Shared {
         let phase = *lock(&self.phase);
         let status = match &result {
             Ok(()) => Status::Completed,
-            Err(Cause::Cancelled) => Status::Cancelled,
+            Err(Cause::Cancelled | Cause::CancelledByPeer { .. }) => Status::Cancelled,
             Err(_) => Status::Failed,
         };
-        let undecided = lock(&self.handover).state == SourceState::Released;
         let snapshot = self.snapshot();
         lock(&self.report).ram.remaining_bytes = snapshot.ram.remaining_bytes;
         // The tracker goes first: once the migration is over somebody else may want one. It takes its time, which nobody
@@ -188,9 +219,7 @@ impl Shared {
         // One that it has not come to.
         let given = lock(&self.given).take();
         drop(given);
-        if !undecided {
-            self.guest.end_migration();
-        }
+        self.guest.end_migration();
         let mut report = lock(&self.report);
         report.total_seconds = self.began.elapsed().as_secs_f64();
         if status == Status::Completed {
@@ -222,6 +251,10 @@ impl Shared {
         report.vcpu_throttle_percent =
             if report.status.is_final() { Vec::new() } else { self.guest.throttled_for_migration() };
         report.guest = self.guest.place(Side::Source);
+        if let Some(error) = &mut report.error {
+            // A person may have decided since.
+            error.moved_to(report.guest);
+        }
         report.downtime_limit_seconds = lock(&self.parameters).downtime_limit.as_secs_f64();
         report.channels =
             lock(&self.channels).iter().enumerate().map(|(index, counters)| counters.report(index as u8)).collect();
@@ -275,7 +308,19 @@ impl Source {
         let failed =
             |cause| MigrationError { side: Side::Source, phase: Phase::Setup, guest: guest.place(Side::Source), cause };
         parameters.check().map_err(|e| failed(e.into()))?;
-        guest.begin_outgoing().map_err(|e| failed(e.into()))?;
+        let contact: Arc<Contact> = Arc::default();
+        let cpu: Arc<CpuTime> = Arc::default();
+        let decided: Arc<OnceLock<Weak<Shared>>> = Arc::default();
+        let id = {
+            let decided = decided.clone();
+            let on_decision = Arc::new(move || {
+                if let Some(shared) = decided.get().and_then(Weak::upgrade) {
+                    switchover::on_decision(&shared);
+                }
+            });
+            let (contact, cpu, link_timeout) = (contact.clone(), cpu.clone(), parameters.link_timeout);
+            guest.begin_outgoing(Ground { contact, link_timeout, cpu, on_decision }).map_err(|e| failed(e.into()))?
+        };
         let given = uri.given().map_err(|cause| {
             guest.end_migration();
             failed(cause)
@@ -288,6 +333,7 @@ impl Source {
         report.ram.remaining_bytes = report.ram.total_bytes;
         let shared = Arc::new(Shared {
             guest: guest.clone(),
+            id,
             uri: uri.clone(),
             given: Mutex::new(given),
             began: Instant::now(),
@@ -296,26 +342,23 @@ impl Source {
             stop: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
             events: Mutex::new(Some(sender.clone())),
-            handover: Mutex::new(Handover {
-                state: SourceState::Running,
-                session: None,
-                run: Resume::StayPaused,
-                offer: None,
-                stopped: None,
-                released: None,
-            }),
+            session: Mutex::default(),
+            offer: Mutex::default(),
+            switchover: Mutex::default(),
+            contact,
             phase: Mutex::new(Phase::Setup),
             report: Mutex::new(report),
             ended: Condvar::new(),
             control: Arc::default(),
             channels: Mutex::default(),
             common: Mutex::default(),
-            cpu: Arc::default(),
+            cpu,
             throttling,
             greeting: Mutex::default(),
             round_trip: Mutex::new(Duration::from_secs(1)),
             threads: Mutex::default(),
         });
+        let _ = decided.set(Arc::downgrade(&shared));
         let driver = shared.clone();
         let thread = spawn("source", move || migration::run(&driver, &sender, &incoming)).map_err(|cause| {
             guest.end_migration();
@@ -337,18 +380,11 @@ impl Source {
     /// can tell where it is. A migration that is over is not an error.
     pub fn cancel(&self) -> Result<(), MigrationError> {
         let shared = &self.shared;
+        // Either the guest is released before, or it will not be.
+        shared.guest.cancel_leaving(shared.id).map_err(|error| shared.error(Phase::Handover, error.into()))?;
         {
-            // Held, so that either the guest is released before, or this is heard before it would be.
-            let handover = lock(&shared.handover);
-            match handover.state {
-                SourceState::Released => {
-                    return Err(shared.error(Phase::Handover, GuestError::InHandover.into()));
-                }
-                SourceState::Gone => return Ok(()),
-                SourceState::Running | SourceState::Paused | SourceState::Offered | SourceState::TookBack => {}
-            }
             let mut report = lock(&shared.report);
-            if report.status.is_final() {
+            if report.status.is_final() || shared.guest.leaving_at(shared.id) == Some(SourceState::Gone) {
                 return Ok(());
             }
             shared.set_status(&mut report, Status::Cancelling);
@@ -405,14 +441,6 @@ impl Source {
         self.report()
     }
 
-    /// A person's decision: the guest, released and not heard of, is here and runs on.
-    ///
-    /// # Errors
-    /// When nothing is undecided.
-    pub fn take_back(&self) -> Result<(), MigrationError> {
-        switchover::take_back(&self.shared).map_err(|cause| self.shared.error(Phase::Handover, cause))
-    }
-
     /// Tries again, for another `handover-timeout`, to reach the destination of a guest that was released and not
     /// heard of. Returns at once; [`wait`](Self::wait) for the answer.
     ///
@@ -420,19 +448,11 @@ impl Source {
     /// When nothing is undecided.
     pub fn reconnect(&self) -> Result<(), MigrationError> {
         let shared = &self.shared;
-        let undecided = {
-            let released = lock(&shared.handover).state == SourceState::Released;
+        shared.guest.begin_asking(shared.id).map_err(|error| shared.error(Phase::Handover, error.into()))?;
+        {
             let mut report = lock(&shared.report);
-            let undecided = released && report.status.is_final();
-            if undecided {
-                shared.set_status(&mut report, Status::Device);
-                report.error = None;
-            }
-            undecided
-        };
-        if !undecided {
-            let place = shared.guest.place(Side::Source);
-            return Err(shared.error(Phase::Handover, GuestError::NothingToDecide(place).into()));
+            shared.set_status(&mut report, Status::Device);
+            report.error = None;
         }
         let driver = shared.clone();
         match spawn("source", move || switchover::resolve(&driver)) {

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
+use super::migration::MACHINE_LIMIT;
 use super::{Event, Shared};
 use crate::channel::{Connection, Connections};
-use crate::error::{Cause, Side};
+use crate::error::{Cause, MachineStep, Side};
 use crate::link::{
     COUNTED_HELLO_BYTES, ChannelCounters, FrameReceiver, FrameSender, LastHeard, Places, Pulse, SharedSender, lock,
     say_hello, spawn,
@@ -48,11 +49,15 @@ impl Control {
         let cpu = shared.cpu.clone();
         let places = Arc::new(Places::default());
         let queue = places.clone();
+        let contact = shared.contact.clone();
         let reader = spawn("source reader", move || {
             let _meter = cpu.meter();
             loop {
                 let message = receiver.next_message();
                 heard.touch();
+                if message.is_ok() {
+                    contact.touch();
+                }
                 let event = match message {
                     Ok(Message::Heartbeat) => continue,
                     Ok(message) => match queue.take(&heard) {
@@ -159,11 +164,13 @@ pub(super) fn agree(
         (parameters.link_timeout, parameters.downtime_limit)
     };
     let machine = shared.guest.machine();
+    let calls = shared.guest.calls();
+    let profile = calls.call(MachineStep::Profile, MACHINE_LIMIT, &shared.cpu, |machine| Ok(machine.profile()))?;
     let start = Start {
         features: features(&lock(&shared.parameters)),
         channels: wanted,
         blocks: Start::layout(machine.ram()),
-        profile: machine.profile(),
+        profile,
         downtime_limit,
     };
     let features = start.features.clone();
@@ -189,7 +196,8 @@ pub(super) fn agree(
     }
     for index in 0..wanted {
         let counters = Arc::new(ChannelCounters::default());
-        let connection = connect(shared, Role::Data { index }, session, timeout, &shared.stop)?;
+        let connection = connect(shared, Role::Data { index }, session, timeout, &shared.stop)
+            .map_err(|cause| shared.reason_for(cause, incoming))?;
         counters.bytes.fetch_add(COUNTED_HELLO_BYTES, Ordering::Relaxed);
         let sender = FrameSender::new(connection, counters.clone());
         channels.push(DataChannel { sender: Arc::new(sender.into()), counters });
@@ -218,7 +226,7 @@ fn features(parameters: &Parameters) -> Vec<Feature> {
 pub(super) fn aborted(abort: &crate::wire::Abort) -> Cause {
     let by = Side::Destination;
     match abort.reason {
-        AbortReason::Failed => Cause::Peer { by, reason: abort.text.clone() },
+        AbortReason::Failed | AbortReason::Kept => Cause::Peer { by, reason: abort.text.clone() },
         AbortReason::Cancelled => Cause::CancelledByPeer { by },
         AbortReason::Refused => Cause::Refused { by, reason: abort.text.clone() },
     }

@@ -3,97 +3,108 @@
 //! `handover::SOURCE_TABLE` decides; this file carries out. What must stay true: the state is advanced, and the
 //! guest's ownership with it, before a message that the state allows is sent.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use super::migration::Migration;
 use super::setup::{self, Control};
 use super::{Event, Shared};
-use crate::error::{Cause, GuestError, MachineStep, Phase, Side};
-use crate::guest::{GuestEvent, Resume};
+use crate::error::{Cause, MachineStep, Phase, Side};
+use crate::guest::{GuestEvent, Heard, Left, Resume};
 use crate::handover::{SourceAction, SourceEvent, SourceState};
-use crate::link::{COUNTED_HELLO_BYTES, FrameReceiver, FrameSender, contain, lock};
+use crate::link::{COUNTED_HELLO_BYTES, FrameReceiver, FrameSender, contain, lock, spawn};
 use crate::machine::StateSection;
 use crate::parameters::Switch;
 use crate::report::{Round, Status};
 use crate::wire::{
-    Abort, AbortReason, Done, MAX_DEVICE_STATE_BYTES, MAX_NAME_BYTES, Message, Offer, Role, RoundDone, Section,
-    data_checksum,
+    Abort, AbortReason, Done, MAX_DEVICE_STATE_BYTES, MAX_NAME_BYTES, Message, Offer, Release, Role, RoundDone,
+    Section, data_checksum,
 };
 
 /// Bytes of device state in one message.
 const PIECE_BYTES: usize = 1 << 20;
 /// How long a source that has taken its guest back tries to tell a destination that may be waiting.
 const TELL: Duration = Duration::from_secs(2);
+/// How long an operator's start or stop of the guest is waited for.
+const TURN: Duration = Duration::from_secs(30);
 /// Pause between attempts to reach the destination again: the first, and the longest.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// What an event has done.
-struct Transition {
-    /// Of these, what is to be sent is left to [`send`].
-    actions: &'static [SourceAction],
-    /// Whether the guest runs again, where it is to.
-    resumed: Result<(), Cause>,
-}
+/// How a conflict was settled that this side lost.
+const RUNS_THERE: &str = "the destination decided later and runs it; it is paused here";
 
-/// Advances the handover: the new state, the guest's ownership, and what is to be done to the guest.
-fn transition(shared: &Shared, event: SourceEvent) -> Result<Transition, Cause> {
-    let mut handover = lock(&shared.handover);
-    // After this nobody can stop it.
-    if event == SourceEvent::Ready && handover.state == SourceState::Offered && shared.stop.load(Ordering::Acquire) {
-        return Err(Cause::Cancelled);
-    }
-    let (next, actions) = handover.state.on(event)?;
-    if actions.contains(&SourceAction::PauseGuest) {
-        handover.stopped = Some(Instant::now());
-        handover.run = if shared.guest.hand_over()? { Resume::Run } else { Resume::StayPaused };
-    }
-    let before = std::mem::replace(&mut handover.state, next);
-    match next {
-        SourceState::Released => {
-            handover.released.get_or_insert_with(Instant::now);
-            shared.guest.undecided();
-        }
-        SourceState::Gone => shared.guest.gone(handover.run),
-        _ => {}
-    }
-    let ends_downtime =
-        actions.contains(&SourceAction::ResumeGuest) || (next == SourceState::Gone && before == SourceState::Released);
-    let run = handover.run;
-    let resumed = if actions.contains(&SourceAction::ResumeGuest) {
-        contain("source", || Ok(shared.guest.own(run)?))
-    } else {
-        Ok(())
-    };
-    if let (true, Some(stopped)) = (ends_downtime, handover.stopped) {
-        let now = Instant::now();
-        let since = |then: Instant| now.saturating_duration_since(then).as_secs_f64();
-        // However it came to this: over one connection, over several, or by a person.
-        if let Some(released) = handover.released {
-            shared.note_part(|parts| &mut parts.handover_seconds, since(released));
-        }
-        lock(&shared.report).downtime_seconds = since(stopped);
-    }
-    Ok(Transition { actions, resumed })
-}
+/// Sends a message to the destination.
+type Out<'a> = &'a mut dyn FnMut(&Message) -> Result<(), Cause>;
 
-/// Sends what `actions` say.
-fn send(
+/// Advances the handover by `event`, heard with `heard`: ownership changes and what is to be done to the guest is done, then
+/// what is to be sent goes `out`. Tells whether the guest does what it is to do here.
+fn advance(
     shared: &Shared,
-    actions: &[SourceAction],
+    event: SourceEvent,
+    heard: Heard,
     cause: Option<&Cause>,
-    mut out: impl FnMut(&Message) -> Result<(), Cause>,
-) -> Result<(), Cause> {
-    for action in actions {
+    out: Out<'_>,
+) -> Result<SourceState, Cause> {
+    let left = transition(shared, event, heard)?;
+    send(shared, &left, cause, out)?;
+    let Left { state, acted, releasing, .. } = left;
+    drop(releasing);
+    Ok(acted.map(|()| state)?)
+}
+
+/// The new state, the guest's ownership, and what is to be done to the guest.
+fn transition(shared: &Shared, event: SourceEvent, heard: Heard) -> Result<Left<'_>, Cause> {
+    // What gives the guest away has the switchover's time; what keeps it here is never too late.
+    let limit = match event {
+        SourceEvent::Pause | SourceEvent::Ready => shared.time_left(),
+        _ => TURN,
+    };
+    let left = shared.guest.leave(shared.id, event, heard, limit)?;
+    note_downtime(shared);
+    if left.state == SourceState::Kept || event == SourceEvent::Kept && left.state == SourceState::TookBack {
+        note_conflict(shared, left.state);
+    }
+    Ok(left)
+}
+
+/// Once the guest goes on, here or there: how long it stood still.
+pub(super) fn note_downtime(shared: &Shared) {
+    let times = shared.guest.leaving_times(shared.id);
+    let (Some(stopped), Some(ended)) = (times.stopped, times.ended) else { return };
+    let since = |then: Instant| ended.saturating_duration_since(then).as_secs_f64();
+    // However it came to this: over one connection, over several, or by a person.
+    if let Some(released) = times.released {
+        shared.note_part(|parts| &mut parts.handover_seconds, since(released));
+    }
+    lock(&shared.report).downtime_seconds = since(stopped);
+}
+
+fn note_conflict(shared: &Shared, state: SourceState) {
+    let here = match state {
+        SourceState::Kept => RUNS_THERE,
+        _ => "this side decided later; it is paused at the destination",
+    };
+    let error = shared.error(Phase::Handover, Cause::Conflict { here });
+    lock(&shared.report).error = Some((&error).into());
+}
+
+/// Sends what is to be sent.
+fn send(shared: &Shared, left: &Left<'_>, cause: Option<&Cause>, out: Out<'_>) -> Result<(), Cause> {
+    for action in left.actions {
         match action {
             SourceAction::SendOffer => {
-                let offer = lock(&shared.handover).offer;
+                let offer = *lock(&shared.offer);
                 if let Some(offer) = offer {
                     out(&Message::Offer(offer))?;
                 }
             }
-            SourceAction::SendRelease => out(&Message::Release)?,
-            SourceAction::SendQuery => out(&Message::Query)?,
+            SourceAction::SendRelease => {
+                let Heard { epoch, question, lease } = left.say;
+                out(&Message::Release(Release { epoch, question, lease }))?;
+            }
+            SourceAction::SendQuery => out(&Message::Query { epoch: left.say.epoch })?,
             SourceAction::SendDone => {
                 let (downtime, parts) = {
                     let report = lock(&shared.report);
@@ -102,20 +113,77 @@ fn send(
                 let downtime = Duration::try_from_secs_f64(downtime).unwrap_or_default();
                 out(&Message::Done(Done { downtime, parts, cpu: shared.cpu.total() }))?;
             }
-            SourceAction::SendAbort => out(&Message::Abort(abort(shared, cause)))?,
+            SourceAction::SendAbort => out(&Message::Abort(abort(shared, left.say.epoch, cause)))?,
+            SourceAction::SendKept => out(&Message::Abort(Abort {
+                reason: AbortReason::Kept,
+                guest: shared.guest.place(Side::Source),
+                epoch: left.say.epoch,
+                text: "the source keeps the guest, paused, which has run there too".to_owned(),
+            }))?,
             SourceAction::PauseGuest | SourceAction::ResumeGuest | SourceAction::Reconnect => {}
         }
     }
     Ok(())
 }
 
-fn abort(shared: &Shared, cause: Option<&Cause>) -> Abort {
+fn abort(shared: &Shared, epoch: u64, cause: Option<&Cause>) -> Abort {
     let reason = match cause {
-        Some(Cause::Cancelled) => AbortReason::Cancelled,
+        Some(Cause::Cancelled | Cause::CancelledByPeer { .. }) => AbortReason::Cancelled,
         _ => AbortReason::Failed,
     };
     let text = cause.map_or_else(|| "the source took the guest back".to_owned(), ToString::to_string);
-    Abort { reason, guest: shared.guest.place(Side::Source), text }
+    Abort { reason, guest: shared.guest.place(Side::Source), epoch, text }
+}
+
+/// What the destination says in the handover, as an event of the table; `None` for what belongs to an earlier phase.
+fn event_of(shared: &Shared, message: &Message) -> Result<Option<(SourceEvent, Heard)>, Cause> {
+    let of = |epoch| Heard { epoch, ..Heard::default() };
+    Ok(Some(match message {
+        Message::Ready(ready) => {
+            (SourceEvent::Ready, Heard { epoch: ready.epoch, question: ready.question, ..Heard::default() })
+        }
+        Message::Running(running) => {
+            lock(&shared.report).cpu_seconds.destination = Some(running.cpu.as_secs_f64());
+            (SourceEvent::Running, of(running.epoch))
+        }
+        Message::Abort(abort) if abort.reason == AbortReason::Kept => (SourceEvent::Kept, of(abort.epoch)),
+        Message::Abort(abort) => (SourceEvent::Aborted, of(abort.epoch)),
+        Message::MarkAck(_) | Message::Heartbeat => return Ok(None),
+        other => return Err(Cause::Unexpected { message: other.name(), expected: "a word on where the guest is" }),
+    }))
+}
+
+/// Acts on what the destination says until it is known where the guest is.
+fn settle(
+    shared: &Shared,
+    cause: Option<&Cause>,
+    mut next: impl FnMut() -> Result<Message, Cause>,
+    mut out: impl FnMut(&Message) -> Result<(), Cause>,
+) -> Result<(), Cause> {
+    loop {
+        let message = next()?;
+        let Some((event, heard)) = event_of(shared, &message)? else { continue };
+        let said = advance(shared, event, heard, cause, &mut out);
+        let state = shared.guest.leaving_at(shared.id);
+        match (state, &message) {
+            // The guest runs over there: that Done cannot be sent changes nothing.
+            (Some(SourceState::Gone), _) => return Ok(()),
+            (_, Message::Abort(abort)) if abort.reason == AbortReason::Kept => {
+                return Err(if state == Some(SourceState::Released) { Cause::Unclear } else { Cause::TakenBack });
+            }
+            (Some(SourceState::TookBack), Message::Abort(abort)) => {
+                let why = setup::aborted(abort);
+                return Err(match said {
+                    Ok(_) => why,
+                    Err(failed) => Cause::NotResumed { why: why.to_string(), failed: failed.to_string() },
+                });
+            }
+            // A person has decided meanwhile.
+            (Some(SourceState::TookBack), _) => return Err(Cause::TakenBack),
+            (Some(SourceState::Kept), _) => return Err(Cause::Conflict { here: RUNS_THERE }),
+            _ => drop(said?),
+        }
+    }
 }
 
 impl Migration<'_> {
@@ -129,7 +197,13 @@ impl Migration<'_> {
         let first = if waits { Status::PreSwitchover } else { Status::Device };
         *lock(&shared.phase) = Phase::Switchover;
         let mut clock = Clock::start();
-        transition(shared, SourceEvent::Pause)?.resumed?;
+        shared.begin_switchover();
+        transition(shared, SourceEvent::Pause, Heard::default())?.acted?;
+        // Wherever it goes on, it does so at full speed. A machine that fails here has stopped all the same.
+        let _ = contain("source", || {
+            shared.guest.throttle_for_migration(&[]);
+            Ok(())
+        });
         // Let go with that.
         lock(&shared.report).set_throttle(Vec::new());
         shared.note_part(|parts| &mut parts.pause_seconds, clock.lap());
@@ -137,6 +211,9 @@ impl Migration<'_> {
         let continued = if waits { self.await_continue() } else { Ok(()) };
         shared.note_part(|parts| &mut parts.wait_seconds, clock.lap());
         continued?;
+        if waits {
+            shared.begin_switchover();
+        }
         shared.set_phase(Phase::Switchover, Status::Device);
         shared.guest.tell(GuestEvent::Pass { number: round });
         let predicted_downtime = lock(&shared.report).predicted_downtime_seconds.unwrap_or_default();
@@ -149,28 +226,47 @@ impl Migration<'_> {
         shared.note_part(|parts| &mut parts.device_state_seconds, clock.lap());
 
         *lock(&shared.phase) = Phase::Handover;
-        let pages = self.pages();
-        {
-            let mut handover = lock(&shared.handover);
-            let run = handover.run == Resume::Run;
-            handover.offer = Some(Offer { last_round: round, sections, pages, run });
-        }
-        self.apply(SourceEvent::Offer)?;
-        self.await_ready()?;
-        shared.note_part(|parts| &mut parts.load_seconds, clock.lap());
-        self.apply(SourceEvent::Ready)?;
-        self.await_running()?;
-        // The guest runs over there: that Done cannot be sent changes nothing.
-        if self.apply(SourceEvent::Running).is_ok() {
-            self.control.finish();
-        }
+        let run = shared.guest.leaving_run(shared.id) == Resume::Run;
+        *lock(&shared.offer) = Some(Offer { last_round: round, sections, pages: self.pages(), run });
+        let mut out = |message: &Message| self.control.send(message);
+        advance(shared, SourceEvent::Offer, Heard::default(), None, &mut out)?;
+        let mut loading = true;
+        let next = || {
+            let message = self.next_word();
+            if matches!(message, Ok(Message::Ready(_))) && std::mem::take(&mut loading) {
+                shared.note_part(|parts| &mut parts.load_seconds, clock.lap());
+            }
+            message
+        };
+        settle(shared, None, next, out)?;
+        self.control.finish();
         Ok(())
     }
 
-    fn apply(&self, event: SourceEvent) -> Result<(), Cause> {
-        let Transition { actions, resumed } = transition(self.shared, event)?;
-        resumed?;
-        send(self.shared, actions, None, |message| self.control.send(message))
+    /// What the destination says next in the handover. Before Release a cancel and the switchover's limit end the wait;
+    /// afterwards only the limit and a lost link do.
+    fn next_word(&self) -> Result<Message, Cause> {
+        loop {
+            let left = self.shared.time_left();
+            let released = self.shared.guest.leaving_at(self.shared.id) == Some(SourceState::Released);
+            let event = match self.incoming.recv_timeout(left) {
+                Ok(event) => event,
+                Err(RecvTimeoutError::Timeout) => {
+                    let waiting_for =
+                        if released { "the destination to start the guest" } else { "the destination to load" };
+                    return Err(Cause::SwitchoverTimeout { waiting_for, after: self.shared.switchover_timeout() });
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Cause::Thread { thread: "source reader", what: "ended".into() });
+                }
+            };
+            match event {
+                Event::Message(message, _) => return Ok(message),
+                Event::Cancel if released && !self.shared.abandoned.load(Ordering::Acquire) => {}
+                Event::Worker(_) | Event::Continue => {}
+                event => drop(self.shared.sorted(event, &self.control)?),
+            }
+        }
     }
 
     fn report_last_round(
@@ -207,8 +303,8 @@ impl Migration<'_> {
     }
 
     fn send_device_state(&self) -> Result<u32, Cause> {
-        let machine = self.shared.guest.machine();
-        let sections = machine.save().map_err(|source| Cause::Machine { step: MachineStep::Save, source })?;
+        let (calls, left) = (self.shared.guest.calls(), self.shared.time_left());
+        let sections = calls.call(MachineStep::Save, left, &self.shared.cpu, |machine| machine.save())?;
         let total: u64 = sections.iter().map(|section| section.data.len() as u64).sum();
         if total > MAX_DEVICE_STATE_BYTES {
             return Err(Cause::DeviceStateTooLarge { limit_bytes: MAX_DEVICE_STATE_BYTES });
@@ -263,39 +359,6 @@ impl Migration<'_> {
             }
         }
     }
-
-    fn await_ready(&self) -> Result<(), Cause> {
-        loop {
-            match self.shared.next_message(self.incoming, &self.control)? {
-                Message::Ready => return Ok(()),
-                Message::MarkAck(_) => {}
-                Message::Abort(abort) => return Err(setup::aborted(&abort)),
-                other => return Err(Cause::Unexpected { message: other.name(), expected: "Ready" }),
-            }
-        }
-    }
-
-    /// After Release. A cancel comes too late; only the destination's word or a lost link ends the wait.
-    fn await_running(&self) -> Result<(), Cause> {
-        loop {
-            let message = match self.incoming.recv() {
-                Ok(Event::Message(message, _)) => message,
-                Ok(Event::Cancel) if !self.shared.abandoned.load(Ordering::Acquire) => continue,
-                Ok(Event::Worker(_) | Event::Continue) => continue,
-                Ok(Event::Lost(cause)) => return Err(self.shared.lost(&self.control, cause)),
-                Ok(Event::Cancel) | Err(_) => return Err(Cause::Cancelled),
-            };
-            match message {
-                Message::Running(running) => {
-                    lock(&self.shared.report).cpu_seconds.destination = Some(running.cpu.as_secs_f64());
-                    return Ok(());
-                }
-                Message::MarkAck(_) => {}
-                Message::Abort(abort) => return Err(setup::aborted(&abort)),
-                other => return Err(Cause::Unexpected { message: other.name(), expected: "Running" }),
-            }
-        }
-    }
 }
 
 /// Laps of the downtime.
@@ -317,19 +380,20 @@ impl Clock {
 }
 
 /// What a failure has done to the handover so far.
-pub(super) struct Failing {
-    before: SourceState,
-    done: Result<Transition, Cause>,
+pub(super) struct Failing<'a> {
+    before: Option<SourceState>,
+    done: Result<Left<'a>, Cause>,
 }
 
 /// A failure: first of all the guest, if it may, runs again; then it does so at full speed.
-pub(super) fn begin_to_fail(shared: &Shared, cause: &Cause) -> Failing {
-    let before = lock(&shared.handover).state;
+pub(super) fn begin_to_fail<'a>(shared: &'a Shared, cause: &Cause) -> Failing<'a> {
+    let before = shared.guest.leaving_at(shared.id);
+    // An Abort that came in the handover has done its part there.
     let event = match cause {
         Cause::Peer { .. } | Cause::Refused { .. } | Cause::CancelledByPeer { .. } => SourceEvent::Aborted,
         _ => SourceEvent::Failed,
     };
-    let done = contain("source", || transition(shared, event));
+    let done = transition(shared, event, Heard::default());
     // That it cannot be let go is the machine's fault, and no reason to leave the destination without an answer.
     let _ = contain("source", || {
         shared.guest.throttle_for_migration(&[]);
@@ -343,26 +407,26 @@ pub(super) fn end_failing(
     shared: &Shared,
     control: Option<&Control>,
     cause: Cause,
-    failing: Failing,
+    failing: Failing<'_>,
 ) -> Result<(), Cause> {
-    let Transition { actions, resumed } = failing.done?;
+    let left = failing.done?;
     let link_lost =
         matches!(cause, Cause::Io { .. } | Cause::Closed { .. } | Cause::Silent { .. } | Cause::Wire { .. });
     let mut told = false;
     if let Some(control) = control {
-        told = send(shared, actions, Some(&cause), |message| control.send(message)).is_ok() && !link_lost;
+        told = send(shared, &left, Some(&cause), &mut |message| control.send(message)).is_ok() && !link_lost;
         if told {
             control.finish();
         }
     }
-    if actions.contains(&SourceAction::Reconnect) {
+    if left.actions.contains(&SourceAction::Reconnect) && !matches!(cause, Cause::Unclear) {
         return ask_again(shared);
     }
     // A destination that was sent everything may be waiting for Release, and be kept from other migrations by that.
-    if failing.before == SourceState::Offered && !told && actions.contains(&SourceAction::SendAbort) {
-        tell(shared, &cause);
+    if failing.before == Some(SourceState::Offered) && !told && left.actions.contains(&SourceAction::SendAbort) {
+        tell(shared, TELL, Some(&cause));
     }
-    Err(match resumed {
+    Err(match left.acted {
         Ok(()) => cause,
         Err(failed) => Cause::NotResumed { why: cause.to_string(), failed: failed.to_string() },
     })
@@ -370,6 +434,7 @@ pub(super) fn end_failing(
 
 /// A failure before there was anything to stop.
 pub(super) fn fail(shared: &Shared, control: Option<&Control>, cause: Cause) -> Result<(), Cause> {
+    let cause = shared.or_cancelled(cause);
     let failing = begin_to_fail(shared, &cause);
     end_failing(shared, control, cause, failing)
 }
@@ -383,11 +448,11 @@ struct Again<'a> {
 
 impl<'a> Again<'a> {
     fn open(shared: &'a Shared, timeout: Duration) -> Result<Self, Cause> {
-        let session = lock(&shared.handover)
-            .session
+        let session = (*lock(&shared.session))
             .ok_or(Cause::Unexpected { message: "a reconnection", expected: "a migration with a session" })?;
         let connection = setup::connect(shared, Role::Reconnect, session, timeout, &shared.abandoned)?;
         connection.set_receive_timeout(Some(timeout))?;
+        shared.contact.touch();
         shared.control.bytes.fetch_add(COUNTED_HELLO_BYTES, Ordering::Relaxed);
         Ok(Self {
             shared,
@@ -396,10 +461,17 @@ impl<'a> Again<'a> {
         })
     }
 
-    fn apply(&mut self, event: SourceEvent, cause: Option<&Cause>) -> Result<(), Cause> {
-        let Transition { actions, resumed } = transition(self.shared, event)?;
-        resumed?;
-        send(self.shared, actions, cause, |message| self.sender.send(message))
+    /// Says where this side stands, and acts on the answers until it is known where the guest is.
+    fn settle(&mut self, cause: Option<&Cause>) -> Result<(), Cause> {
+        let Self { shared, sender, receiver } = self;
+        let mut out = |message: &Message| sender.send(message);
+        advance(shared, SourceEvent::Reconnected, Heard::default(), cause, &mut out)?;
+        let next = || {
+            let message = receiver.next_message()?;
+            shared.contact.touch();
+            Ok(message)
+        };
+        settle(shared, cause, next, out)
     }
 }
 
@@ -410,15 +482,20 @@ impl Drop for Again<'_> {
     }
 }
 
-/// Tells a destination over a new connection that the guest was taken back. It finds out by itself, only later, if
-/// this fails.
-fn tell(shared: &Shared, cause: &Cause) {
-    let deadline = Instant::now() + TELL;
+/// Tells a destination over a new connection that the guest was taken back, for as long as `patience`. It finds out by
+/// itself, only later, if this fails.
+pub(super) fn tell(shared: &Shared, patience: Duration, cause: Option<&Cause>) {
+    let deadline = Instant::now() + patience;
     let mut pause = RETRY.0;
     while shared.uri.can_reconnect() && !shared.abandoned.load(Ordering::Acquire) {
         let left = deadline.saturating_duration_since(Instant::now());
-        let told = Again::open(shared, left).and_then(|mut again| again.apply(SourceEvent::Reconnected, Some(cause)));
-        if matches!(told, Ok(()) | Err(Cause::Refused { .. })) || left <= pause {
+        let limit = lock(&shared.parameters).link_timeout.min(left);
+        let told = Again::open(shared, limit).and_then(|mut again| again.settle(cause));
+        let lost = matches!(
+            told,
+            Err(Cause::Io { .. } | Cause::Closed { .. } | Cause::Silent { .. } | Cause::Wire { .. } | Cause::Uri(_))
+        );
+        if !lost || deadline.saturating_duration_since(Instant::now()) <= pause {
             return;
         }
         std::thread::sleep(pause);
@@ -433,7 +510,8 @@ fn ask_again(shared: &Shared) -> Result<(), Cause> {
     loop {
         let last = match ask_once(shared) {
             Ok(()) => return Ok(()),
-            Err(cause) if lock(&shared.handover).state != SourceState::Released => return Err(cause),
+            Err(cause @ Cause::Unclear) => return Err(cause),
+            Err(cause) if shared.guest.leaving_at(shared.id) != Some(SourceState::Released) => return Err(cause),
             Err(cause) => cause.to_string(),
         };
         let timeout = lock(&shared.parameters).handover_timeout;
@@ -452,24 +530,8 @@ fn ask_once(shared: &Shared) -> Result<(), Cause> {
         return Err(Cause::Closed { channel: format!("{}, which cannot be opened again", shared.uri) });
     }
     let timeout = lock(&shared.parameters).link_timeout;
-    let mut again = Again::open(shared, timeout)?;
-    again.apply(SourceEvent::Reconnected, None)?;
-    loop {
-        match again.receiver.next_message()? {
-            Message::Ready => again.apply(SourceEvent::Ready, None)?,
-            Message::Running(running) => {
-                lock(&shared.report).cpu_seconds.destination = Some(running.cpu.as_secs_f64());
-                let _ = again.apply(SourceEvent::Running, None);
-                return Ok(());
-            }
-            Message::Abort(abort) => {
-                again.apply(SourceEvent::Aborted, None)?;
-                return Err(setup::aborted(&abort));
-            }
-            Message::Heartbeat => {}
-            other => return Err(Cause::Unexpected { message: other.name(), expected: "Ready or Running" }),
-        }
-    }
+    shared.begin_switchover();
+    Again::open(shared, timeout)?.settle(None)
 }
 
 /// Asks again, on a thread of its own, after all attempts so far were in vain.
@@ -478,18 +540,13 @@ pub(super) fn resolve(shared: &Shared) {
     shared.end(ask_again(shared));
 }
 
-/// A person's decision: the guest is here.
-pub(super) fn take_back(shared: &Shared) -> Result<(), Cause> {
-    let undecided = lock(&shared.handover).state == SourceState::Released && lock(&shared.report).status.is_final();
-    if !undecided {
-        return Err(GuestError::NothingToDecide(shared.guest.place(Side::Source)).into());
+/// A person has decided that the guest is here: the report says so, and the destination is told if it can be reached.
+pub(super) fn on_decision(shared: &Arc<Shared>) {
+    note_downtime(shared);
+    lock(&shared.report).total_seconds = shared.began.elapsed().as_secs_f64();
+    let telling = shared.clone();
+    let patience = lock(&shared.parameters).handover_timeout;
+    if let Ok(thread) = spawn("source", move || tell(&telling, patience, None)) {
+        lock(&shared.threads).push(thread);
     }
-    let taken = transition(shared, SourceEvent::TakeBack)?;
-    shared.guest.end_migration();
-    let mut report = lock(&shared.report);
-    report.total_seconds = shared.began.elapsed().as_secs_f64();
-    if let Some(error) = &mut report.error {
-        error.moved_to(shared.guest.place(Side::Source));
-    }
-    taken.resumed
 }

@@ -83,9 +83,13 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
                 run: true,
             }),
         ),
-        ("ready", 7, Message::Ready),
-        ("release", 8, Message::Release),
-        ("running", 9, Message::Running(Running { load: nanos(1000), resume: nanos(2000), cpu: nanos(3000) })),
+        ("ready", 7, Message::Ready(Ready { epoch: 1, question: 42 })),
+        ("release", 8, Message::Release(Release { epoch: 1, question: 42, lease: nanos(7_500_000_000) })),
+        (
+            "running",
+            9,
+            Message::Running(Running { load: nanos(1000), resume: nanos(2000), cpu: nanos(3000), epoch: 2 }),
+        ),
         (
             "done",
             10,
@@ -97,10 +101,11 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
             Message::Abort(Abort {
                 reason: AbortReason::Cancelled,
                 guest: GuestPlace::Undecided,
+                epoch: 2,
                 text: "cancelled".into(),
             }),
         ),
-        ("query", 12, Message::Query),
+        ("query", 12, Message::Query { epoch: 3 }),
         ("heartbeat", 13, Message::Heartbeat),
     ]
 }
@@ -228,7 +233,8 @@ fn strangers_are_named() {
 fn texts_are_tame() {
     let hostile = "x\x1b]0;owned\x07\x1b[2J\ndunlin: completed\r\u{9b}1m";
     let tame = |text: &str| !text.is_empty() && !text.chars().any(char::is_control);
-    let abort = Abort { reason: AbortReason::Failed, guest: GuestPlace::RunningAtSource, text: hostile.into() };
+    let abort =
+        Abort { reason: AbortReason::Failed, guest: GuestPlace::RunningAtSource, epoch: 1, text: hostile.into() };
     let body = Message::Abort(abort).encode();
     let Ok(Message::Abort(abort)) = Message::decode(FrameType::Abort, &body) else { panic!("it is one") };
     assert!(tame(&abort.text) && abort.text.ends_with("1m"), "{:?}", abort.text);

@@ -110,6 +110,25 @@ pub(crate) struct Offer {
     pub(crate) run: bool,
 }
 
+/// Destination to source: everything is here and checked. Asks whether the guest is this side's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ready {
+    /// Each decision of a person is one higher than all before; 1 without any.
+    pub(crate) epoch: u64,
+    /// Another one each time: the Release that answers it names it.
+    pub(crate) question: u64,
+}
+
+/// Source to destination: the guest is yours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Release {
+    pub(crate) epoch: u64,
+    /// Of the Ready that this answers.
+    pub(crate) question: u64,
+    /// How long after that Ready was sent the guest may be started: afterwards it is asked again.
+    pub(crate) lease: Duration,
+}
+
 /// Destination to source: the guest is here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Running {
@@ -119,6 +138,7 @@ pub(crate) struct Running {
     pub(crate) resume: Duration,
     /// CPU time of the destination's threads.
     pub(crate) cpu: Duration,
+    pub(crate) epoch: u64,
 }
 
 /// Source to destination: Running was heard, all is over.
@@ -140,14 +160,18 @@ pub(crate) enum AbortReason {
     Cancelled,
     /// It does not fit.
     Refused,
+    /// Nothing ends: this side keeps the guest, paused, which has run there or may have. A person decides.
+    Kept,
 }
 
-/// Either way: this side ends the migration. From the destination it means that the guest will never run there.
+/// Either way: this side ends the migration. From the destination it means, unless the reason is Kept, that the guest will
+/// never run there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Abort {
     pub(crate) reason: AbortReason,
     /// Where the guest is, as far as the sender knows.
     pub(crate) guest: GuestPlace,
+    pub(crate) epoch: u64,
     /// In words.
     pub(crate) text: String,
 }
@@ -165,15 +189,15 @@ pub(crate) enum Message {
     MarkAck(MarkAck),
     Section(Section),
     Offer(Offer),
-    /// Destination to source: everything is here and checked.
-    Ready,
-    /// Source to destination: the guest is yours.
-    Release,
+    Ready(Ready),
+    Release(Release),
     Running(Running),
     Done(Done),
     Abort(Abort),
     /// Source to destination, over a new connection: where do you stand?
-    Query,
+    Query {
+        epoch: u64,
+    },
     /// Either way: this side is alive.
     Heartbeat,
 }
@@ -251,7 +275,7 @@ fn flag(value: u8) -> Result<bool, WireError> {
 }
 
 impl AbortReason {
-    const ALL: [Self; 3] = [Self::Failed, Self::Cancelled, Self::Refused];
+    const ALL: [Self; 4] = [Self::Failed, Self::Cancelled, Self::Refused, Self::Kept];
 }
 
 /// The number of `value` among `all`, and back: how enums travel.
@@ -274,12 +298,12 @@ impl Message {
             Self::MarkAck(_) => FrameType::MarkAck,
             Self::Section(_) => FrameType::Section,
             Self::Offer(_) => FrameType::Offer,
-            Self::Ready => FrameType::Ready,
-            Self::Release => FrameType::Release,
+            Self::Ready(_) => FrameType::Ready,
+            Self::Release(_) => FrameType::Release,
             Self::Running(_) => FrameType::Running,
             Self::Done(_) => FrameType::Done,
             Self::Abort(_) => FrameType::Abort,
-            Self::Query => FrameType::Query,
+            Self::Query { .. } => FrameType::Query,
             Self::Heartbeat => FrameType::Heartbeat,
         }
     }
@@ -340,6 +364,7 @@ impl Message {
                 out.u64(duration_out(running.load));
                 out.u64(duration_out(running.resume));
                 out.u64(duration_out(running.cpu));
+                out.u64(running.epoch);
             }
             Self::Done(done) => {
                 out.u64(duration_out(done.downtime));
@@ -349,9 +374,20 @@ impl Message {
             Self::Abort(abort) => {
                 out.u8(number(&AbortReason::ALL, &abort.reason));
                 out.u8(number(&GuestPlace::ALL, &abort.guest));
+                out.u64(abort.epoch);
                 out.text(&abort.text, MAX_TEXT_BYTES);
             }
-            Self::Ready | Self::Release | Self::Query | Self::Heartbeat => {}
+            Self::Ready(ready) => {
+                out.u64(ready.epoch);
+                out.u64(ready.question);
+            }
+            Self::Release(release) => {
+                out.u64(release.epoch);
+                out.u64(release.question);
+                out.u64(duration_out(release.lease));
+            }
+            Self::Query { epoch } => out.u64(*epoch),
+            Self::Heartbeat => {}
         }
         out.0
     }
@@ -412,12 +448,17 @@ impl Message {
                 pages: counts_in(&mut input)?,
                 run: flag(input.u8()?)?,
             }),
-            FrameType::Ready => Self::Ready,
-            FrameType::Release => Self::Release,
+            FrameType::Ready => Self::Ready(Ready { epoch: input.u64()?, question: input.u64()? }),
+            FrameType::Release => Self::Release(Release {
+                epoch: input.u64()?,
+                question: input.u64()?,
+                lease: Duration::from_nanos(input.u64()?),
+            }),
             FrameType::Running => Self::Running(Running {
                 load: Duration::from_nanos(input.u64()?),
                 resume: Duration::from_nanos(input.u64()?),
                 cpu: Duration::from_nanos(input.u64()?),
+                epoch: input.u64()?,
             }),
             FrameType::Done => Self::Done(Done {
                 downtime: Duration::from_nanos(input.u64()?),
@@ -433,9 +474,10 @@ impl Message {
             FrameType::Abort => Self::Abort(Abort {
                 reason: numbered(&AbortReason::ALL, input.u8()?, "the reason of an Abort")?,
                 guest: numbered(&GuestPlace::ALL, input.u8()?, "the guest's place")?,
+                epoch: input.u64()?,
                 text: input.text()?,
             }),
-            FrameType::Query => Self::Query,
+            FrameType::Query => Self::Query { epoch: input.u64()? },
             FrameType::Heartbeat => Self::Heartbeat,
             FrameType::Pages => return Err(WireError::Value { what: "a message's type", value: 32 }),
         };

@@ -18,7 +18,7 @@ mod x86;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use dunlin::memory::{DirtyBitmap, DirtyTracker, Ram, RamBlock};
-use dunlin::{Machine, MachineError, StateSection};
+use dunlin::{Machine, MachineError, StartPermit, StateSection};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
@@ -377,10 +377,17 @@ impl KvmMachine {
         Ok(was_running)
     }
 
-    /// Starts devices and vCPUs.
+    /// Starts devices and vCPUs under the permit that they ran under.
     fn go_on(&self) -> Result<(), KvmError> {
-        self.devices.resume()?;
-        self.vcpus.resume();
+        match self.vcpus.permit() {
+            Some(permit) => self.start(&permit),
+            None => Ok(()),
+        }
+    }
+
+    fn start(&self, permit: &StartPermit) -> Result<(), KvmError> {
+        self.devices.resume(permit)?;
+        self.vcpus.resume(permit);
         Ok(())
     }
 
@@ -566,14 +573,12 @@ impl Machine for KvmMachine {
         Ok(())
     }
 
-    fn resume(&self) -> Result<(), MachineError> {
+    fn resume(&self, permit: &StartPermit) -> Result<(), MachineError> {
         let _control = lock(&self.control);
         self.identity()?;
         self.check_vcpus()?;
         lock(&self.hypervisor).used = true;
-        self.devices.resume()?;
-        self.vcpus.resume();
-        Ok(())
+        Ok(self.start(permit)?)
     }
 
     fn save(&self) -> Result<Vec<StateSection>, MachineError> {

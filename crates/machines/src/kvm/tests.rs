@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dunlin::memory::{DirtyTracker, Ram};
-use dunlin::{Destination, Guest, Machine, MachineError, Parameters, Report, Source, StateSection, Status};
+use dunlin::{
+    Destination, Guest, Machine, MachineError, Parameters, Report, Source, StartPermit, StateSection, Status,
+};
 
 use super::x86::features::Word;
 use super::*;
@@ -43,8 +45,8 @@ impl Machine for Pretends {
         self.machine.pause()
     }
 
-    fn resume(&self) -> Result<(), MachineError> {
-        self.machine.resume()
+    fn resume(&self, permit: &StartPermit) -> Result<(), MachineError> {
+        self.machine.resume(permit)
     }
 
     fn save(&self) -> Result<Vec<StateSection>, MachineError> {

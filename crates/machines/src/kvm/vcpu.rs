@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use dunlin::StartPermit;
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -96,6 +97,7 @@ impl Vcpu {
     fn run_guest(&self, fd: &mut VcpuFd, gate: &Gate, bus: &Bus, alarm: &mut Alarm) -> Result<(), String> {
         let mut schedule = Schedule::new(gate, &self.throttle, *lock(&self.pace));
         let mut unfinished = false;
+        let permit = gate.permit();
         loop {
             fd.set_kvm_immediate_exit(0);
             // Here too nothing is lost: an alarm that comes before KVM_RUN makes it return.
@@ -109,7 +111,7 @@ impl Vcpu {
                 // An instruction that came out for the VMM is only finished by the next KVM_RUN, which must not go on to
                 // others. It may come out once more, as one that reads and writes a device's register does.
                 fd.set_kvm_immediate_exit(1);
-            } else if bus.ended().is_some() {
+            } else if bus.ended().is_some() || !permit.as_ref().is_some_and(StartPermit::enter) {
                 gate.sleep(Instant::now() + Duration::from_secs(3600));
                 continue;
             }
@@ -193,7 +195,7 @@ fn install_handler() -> io::Result<()> {
 #[derive(Debug)]
 pub(super) struct Vcpus {
     vcpus: Vec<Arc<Vcpu>>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Arc<Mutex<Vec<JoinHandle<()>>>>,
     gate: Arc<Gate>,
 }
 
@@ -201,7 +203,7 @@ impl Vcpus {
     /// Starts the threads; they wait at a gate.
     pub(super) fn start(count: u32, bus: &Arc<Bus>) -> io::Result<Self> {
         install_handler()?;
-        let mut all = Self { vcpus: Vec::new(), threads: Vec::new(), gate: Arc::default() };
+        let mut all = Self { vcpus: Vec::new(), threads: Arc::default(), gate: Arc::default() };
         for index in 0..count {
             let vcpu = Arc::new(Vcpu {
                 number: index as usize,
@@ -214,7 +216,7 @@ impl Vcpus {
             all.vcpus.push(vcpu.clone());
             let (gate, bus) = (all.gate.clone(), bus.clone());
             let (ready, made) = mpsc::channel();
-            all.threads.push(std::thread::Builder::new().name(format!("kvm vcpu {index}")).spawn(move || {
+            let thread = std::thread::Builder::new().name(format!("kvm vcpu {index}")).spawn(move || {
                 let mut alarm = match Alarm::for_this_thread(signal()) {
                     Ok(alarm) => alarm,
                     Err(error) => {
@@ -227,7 +229,8 @@ impl Vcpus {
                     vcpu.run(&gate, &bus, &mut alarm);
                     gate.leave();
                 }
-            })?);
+            })?;
+            lock(&all.threads).push(thread);
             made.recv().unwrap_or_else(|_| Err(io::Error::other("it has ended")))?;
         }
         Ok(all)
@@ -237,9 +240,21 @@ impl Vcpus {
         &self.vcpus
     }
 
-    /// Lets all run.
-    pub(super) fn resume(&self) {
-        self.gate.open();
+    /// What they run under, or ran under last.
+    pub(super) fn permit(&self) -> Option<StartPermit> {
+        self.gate.permit()
+    }
+
+    /// Lets all run under `permit`.
+    pub(super) fn resume(&self, permit: &StartPermit) {
+        self.gate.open(permit);
+        let (gate, threads) = (self.gate.clone(), Arc::downgrade(&self.threads));
+        permit.on_revoke(move || {
+            gate.shut();
+            if let Some(threads) = threads.upgrade() {
+                kick(&lock(&threads));
+            }
+        });
     }
 
     /// Stops all and waits until they have; tells whether they ran.
@@ -260,10 +275,14 @@ impl Vcpus {
     }
 
     fn kick(&self) {
-        for thread in &self.threads {
-            // SAFETY: a thread that has not been joined can be sent a signal. One that has ended does not mind.
-            unsafe { libc::pthread_kill(thread.as_pthread_t(), signal()) };
-        }
+        kick(&lock(&self.threads));
+    }
+}
+
+fn kick(threads: &[JoinHandle<()>]) {
+    for thread in threads {
+        // SAFETY: a thread that has not been joined can be sent a signal. One that has ended does not mind.
+        unsafe { libc::pthread_kill(thread.as_pthread_t(), signal()) };
     }
 }
 
@@ -271,7 +290,8 @@ impl Drop for Vcpus {
     fn drop(&mut self) {
         self.gate.end();
         self.kick();
-        for thread in self.threads.drain(..) {
+        let threads = std::mem::take(&mut *lock(&self.threads));
+        for thread in threads {
             let _ = thread.join();
         }
     }

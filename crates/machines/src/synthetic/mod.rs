@@ -17,7 +17,7 @@ mod workload;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use dunlin::memory::{DirtyTracker, MemoryError, Ram, RamBlock, WriteProtectTracker};
-use dunlin::{Machine, MachineError, StateSection};
+use dunlin::{Machine, MachineError, StartPermit, StateSection};
 
 pub use crate::sections::StateError;
 pub use backing::{Backing, BackingError};
@@ -207,7 +207,7 @@ impl SyntheticMachine {
         let was_running = self.gate.close();
         let report = verify::verify(self.block()?, &identity, &self.vcpus.steps(), &self.device);
         if was_running {
-            self.gate.open();
+            self.gate.reopen();
         }
         report
     }
@@ -236,12 +236,14 @@ impl Machine for SyntheticMachine {
         Ok(())
     }
 
-    fn resume(&self) -> Result<(), MachineError> {
+    fn resume(&self, permit: &StartPermit) -> Result<(), MachineError> {
         let _control = self.control();
         if self.identity().is_none() {
             return Err(SyntheticError::Empty.into());
         }
-        self.gate.open();
+        self.gate.open(permit);
+        let gate = self.gate.clone();
+        permit.on_revoke(move || gate.shut());
         Ok(())
     }
 

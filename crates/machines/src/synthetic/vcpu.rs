@@ -65,7 +65,11 @@ impl Vcpus {
         let gate = self.gate.clone();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             while gate.enter() == Passage::Run {
-                run(&gate);
+                if gate.permit().is_some_and(|permit| permit.enter()) {
+                    run(&gate);
+                } else {
+                    gate.sleep(Instant::now() + Duration::from_secs(3600));
+                }
                 gate.leave();
             }
         })?;

@@ -4,6 +4,7 @@
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;
 pub mod proxy;
+pub mod second;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -2,6 +2,7 @@
 
 use std::sync::PoisonError;
 
+use dunlin::TakeBack;
 use serde_json::{Map, Value, json};
 
 use super::{Call, Command, HUMAN, NOTHING, Oob, QUIT, done};
@@ -46,7 +47,7 @@ pub(super) static COMMANDS: &[Command] = &[
     },
     Command {
         name: "cont",
-        help: "Starts or restarts the guest. `x-take-back` first decides that an undecided guest is here.",
+        help: "Starts or restarts the guest. `x-take-back` first decides that an undecided guest is here, once nothing was heard of the other side for link-timeout; `x-force`: at once.",
         takes: &CONT,
         gives: NOTHING,
         oob: Oob::Refused,
@@ -101,13 +102,15 @@ static VERSION_TRIPLE: Object = Object::of(
 );
 
 static NAME_INFO: Object = Object::of("NameInfo", &[optional("name", Type::Str)]);
-static CONT: Object = Object::of("Cont", &[optional("x-take-back", Type::Bool)]);
+static CONT: Object = Object::of("Cont", &[optional("x-take-back", Type::Bool), optional("x-force", Type::Bool)]);
 static HUMAN_ARGUMENTS: Object =
     Object::of("HumanMonitorCommand", &[required(super::HUMAN_LINE, Type::Str), optional("cpu-index", Type::Int)]);
 
 fn cont(call: Call<'_>) -> Result<Value, Refusal> {
     if call.arguments().is_true("x-take-back") {
-        call.vm.take_back().map_err(Refusal::generic)?;
+        let force = call.arguments().is_true("x-force");
+        let rule = if force { TakeBack::Anyway } else { TakeBack::WhenSilent };
+        call.vm.take_back(rule).map_err(Refusal::generic)?;
     }
     done(call.vm.cont())
 }

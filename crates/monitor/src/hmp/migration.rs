@@ -1,6 +1,6 @@
 //! Commands that start, end and steer a migration, and the guest.
 
-use dunlin::Status;
+use dunlin::{Status, TakeBack};
 
 use super::error::HmpError;
 use super::table::Given;
@@ -62,7 +62,8 @@ pub(super) fn stop(vm: &Vm, _: &Given<'_>) -> Result<String, HmpError> {
 
 pub(super) fn cont(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
     if given.has("-t") {
-        vm.take_back()?;
+        let rule = if given.has("-f") { TakeBack::Anyway } else { TakeBack::WhenSilent };
+        vm.take_back(rule)?;
     }
     vm.cont()?;
     Ok(String::new())

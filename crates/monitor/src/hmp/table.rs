@@ -187,8 +187,8 @@ pub(super) static COMMANDS: &[Command] = &[
     Command { name: "stop", arguments: &[], help: "pause the guest", does: Does::Run(migration::stop) },
     Command {
         name: "cont",
-        arguments: &[flag("-t")],
-        help: "start or restart the guest; -t: it is undecided where it is, and it is here",
+        arguments: &[flag("-t"), flag("-f")],
+        help: "start or restart the guest; -t: it is undecided where it is, and it is here; -f: at once",
         does: Does::Run(migration::cont),
     },
     Command {

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dunlin::Guest;
 use dunlin::machine::{Machine, MachineError, StateSection};
 use dunlin::memory::{DirtyTracker, Ram};
+use dunlin::{Guest, StartPermit};
 use dunlin_monitor::{Server, Vm};
 use serde_json::{Value, json};
 
@@ -32,7 +32,7 @@ impl Machine for Tiny {
     fn pause(&self) -> Result<(), MachineError> {
         Ok(())
     }
-    fn resume(&self) -> Result<(), MachineError> {
+    fn resume(&self, _: &StartPermit) -> Result<(), MachineError> {
         Ok(())
     }
     fn save(&self) -> Result<Vec<StateSection>, MachineError> {

@@ -23,7 +23,7 @@ mod worker;
 use std::io;
 use std::sync::Arc;
 
-use dunlin::StateSection;
+use dunlin::{StartPermit, StateSection};
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
@@ -194,8 +194,8 @@ impl Devices {
         self.workers.iter().for_each(Worker::pause);
     }
 
-    fn go_on(&self) {
-        self.workers.iter().for_each(Worker::resume);
+    fn go_on(&self, permit: &StartPermit) {
+        self.workers.iter().for_each(|worker| worker.resume(permit));
         self.bus.serial.resume();
     }
 
@@ -203,13 +203,13 @@ impl Devices {
     ///
     /// # Errors
     /// When one must not run; none does then.
-    pub(super) fn resume(&self) -> Result<(), KvmError> {
+    pub(super) fn resume(&self, permit: &StartPermit) -> Result<(), KvmError> {
         if let Err(error) = self.each("use", Transport::resume) {
             // What was taken for use is let go again; the first error says more than those.
             let _ = self.each("let go of", Transport::pause);
             return Err(error);
         }
-        self.go_on();
+        self.go_on(permit);
         Ok(())
     }
 

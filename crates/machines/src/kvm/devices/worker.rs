@@ -11,10 +11,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use dunlin::StartPermit;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 #[derive(Debug, Default)]
 struct State {
+    /// What it works under.
+    permit: Option<StartPermit>,
     open: bool,
     ended: bool,
     working: bool,
@@ -66,9 +69,13 @@ impl Bell {
         self.open.load(Ordering::Acquire)
     }
 
-    /// Lets the worker work; it begins with a look at everything.
-    pub(super) fn open(&self) {
-        self.state().open = true;
+    /// Lets the worker work under `permit`; it begins with a look at everything.
+    pub(super) fn open(&self, permit: &StartPermit) {
+        {
+            let mut state = self.state();
+            state.permit = Some(permit.clone());
+            state.open = true;
+        }
         self.open.store(true, Ordering::Release);
         self.ring();
     }
@@ -149,7 +156,8 @@ impl Worker {
                     if state.ended {
                         return;
                     }
-                    if !state.open {
+                    // A device may write as soon as it works, so it asks as a vCPU does.
+                    if !state.open || !state.permit.as_ref().is_some_and(StartPermit::enter) {
                         wait = Wait::Bell;
                         continue;
                     }
@@ -163,8 +171,8 @@ impl Worker {
     }
 
     /// Lets it work.
-    pub(super) fn resume(&self) {
-        self.bell.open();
+    pub(super) fn resume(&self, permit: &StartPermit) {
+        self.bell.open(permit);
     }
 
     /// Has it stop soon, without waiting for it.

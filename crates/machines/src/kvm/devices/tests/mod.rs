@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use dunlin::StartPermit;
 use dunlin::memory::DirtyBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -69,7 +70,7 @@ impl Rig {
 
     pub(super) fn resume(&self) {
         self.transport.resume().unwrap();
-        self.worker.resume();
+        self.worker.resume(&StartPermit::unlimited());
     }
 
     pub(super) fn pause(&self) {

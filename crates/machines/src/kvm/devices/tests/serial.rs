@@ -1,5 +1,6 @@
 //! The serial port and its outside end.
 
+use dunlin::StartPermit;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
@@ -65,7 +66,7 @@ fn a_stalled_reader_loses_nothing() {
     };
     let mut received = Vec::new();
     for _ in 0..20 {
-        gate.open();
+        gate.open(&StartPermit::unlimited());
         std::thread::sleep(Duration::from_millis(20));
         let began = Instant::now();
         gate.close();
@@ -75,7 +76,7 @@ fn a_stalled_reader_loses_nothing() {
         received.extend_from_slice(&some[..count]);
     }
     assert!(!guest.is_finished(), "it was held up");
-    gate.open();
+    gate.open(&StartPermit::unlimited());
     while received.len() < BYTES {
         let mut some = [0; 10_000];
         let count = reader.read(&mut some).unwrap();

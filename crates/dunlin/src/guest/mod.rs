@@ -3,21 +3,29 @@
 //! [`Guest`] is the gate through which everybody starts and stops the machine: the VMM's own commands and the
 //! migration. What must stay true: `Machine::resume` is called only here, and only while this side owns the guest.
 
+mod calls;
+mod ownership;
+mod permit;
+
 use std::fmt;
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use serde::Serialize;
 
 use crate::dirty_rate::{DirtyRate, DirtyRateError, DirtyRateRequest, DirtyRateService};
-use crate::error::{GuestError, GuestPlace, MachineStep, Side};
-use crate::link::contain;
+use crate::error::{GuestError, GuestPlace, Side};
 use crate::machine::Machine;
 use crate::report::Status;
 use crate::throttle::{Throttle, VcpuThrottle};
+pub(crate) use calls::Calls;
+use ownership::State;
+pub(crate) use ownership::{Came, Ground, Heard, Left};
+pub use permit::StartPermit;
 
 /// Who may run the guest, seen from this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 #[serde(rename_all = "kebab-case")]
 pub enum Ownership {
     /// This side, which starts and stops it as it likes.
@@ -54,20 +62,12 @@ pub enum GuestEvent {
     },
 }
 
-#[derive(Debug)]
-struct State {
-    ownership: Ownership,
-    /// It runs here.
-    running: bool,
-    /// It has gone, and runs there.
-    runs_there: bool,
-    migrating: bool,
-}
-
 /// A machine and the right to run it. All methods may be called from any thread.
 pub struct Guest {
     machine: Arc<dyn Machine>,
+    calls: Calls,
     state: Mutex<State>,
+    turn_ended: Condvar,
     watchers: Mutex<Vec<Sender<GuestEvent>>>,
     throttle: Throttle,
     dirty_rate: DirtyRateService,
@@ -94,14 +94,12 @@ impl Guest {
         Arc::new(Self {
             throttle: Throttle::new(machine.clone()),
             dirty_rate: DirtyRateService::new(machine.clone()),
+            calls: Calls::new(machine.clone()),
             machine,
-            state: Mutex::new(State { ownership, running: false, runs_there: false, migrating: false }),
+            state: Mutex::new(State::new(ownership)),
+            turn_ended: Condvar::new(),
             watchers: Mutex::default(),
         })
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What happens to the guest from here on, in order, for as long as the receiver is kept. What nobody receives is
@@ -118,6 +116,11 @@ impl Guest {
         watchers.retain(|watcher| watcher.send(event).is_ok());
     }
 
+    /// Its methods, called one at a time and with a bound.
+    pub(crate) fn calls(&self) -> &Calls {
+        &self.calls
+    }
+
     /// The machine itself.
     pub fn machine(&self) -> &Arc<dyn Machine> {
         &self.machine
@@ -125,7 +128,7 @@ impl Guest {
 
     /// Who may run it.
     pub fn ownership(&self) -> Ownership {
-        self.state().ownership
+        self.state().ownership()
     }
 
     /// Whether it runs here.
@@ -135,17 +138,7 @@ impl Guest {
 
     /// Where the guest is, as far as `side` of a migration can know.
     pub fn place(&self, side: Side) -> GuestPlace {
-        let state = self.state();
-        match (state.ownership, side, state.running) {
-            (Ownership::Undecided, ..) => GuestPlace::Undecided,
-            (Ownership::Gone, ..) if state.runs_there => GuestPlace::RunningAtDestination,
-            (Ownership::Gone, ..) => GuestPlace::PausedAtDestination,
-            (Ownership::Awaited, ..) => GuestPlace::AtSource,
-            (_, Side::Source, true) => GuestPlace::RunningAtSource,
-            (_, Side::Source, false) => GuestPlace::PausedAtSource,
-            (_, Side::Destination, true) => GuestPlace::RunningAtDestination,
-            (_, Side::Destination, false) => GuestPlace::PausedAtDestination,
-        }
+        self.state().place(side)
     }
 
     /// Starts or restarts the guest.
@@ -153,9 +146,7 @@ impl Guest {
     /// # Errors
     /// When it is not this side's to run, or the machine fails to.
     pub fn cont(&self) -> Result<(), GuestError> {
-        let mut state = self.state();
-        Self::must_be_here(&state)?;
-        self.resume(&mut state)
+        self.operate(Resume::Run)
     }
 
     /// Pauses the guest. A migration under way goes on, and it arrives paused.
@@ -163,9 +154,21 @@ impl Guest {
     /// # Errors
     /// When it is not here, or the machine fails to pause.
     pub fn stop(&self) -> Result<(), GuestError> {
-        let mut state = self.state();
-        Self::must_be_here(&state)?;
-        self.pause(&mut state)
+        self.operate(Resume::StayPaused)
+    }
+
+    /// A person's decision: the guest, of which nobody knows whether the other side runs it, is here. It goes on as it was
+    /// when it was paused for the switchover. Works on both sides, at any time, also when the [`Source`](crate::Source) or
+    /// [`Destination`](crate::Destination) of the migration was dropped.
+    ///
+    /// Whoever decides must have made sure that the other side does not run the guest. If it does, and both sides hear of each
+    /// other again, the side with the earlier decision pauses its guest and keeps it.
+    ///
+    /// # Errors
+    /// When nothing is undecided here, `rule` does not allow it yet, or the guest could not be started. In the last case it
+    /// stays decidable at the destination, and is here, paused, at the source.
+    pub fn take_back(&self, rule: TakeBack) -> Result<(), GuestError> {
+        self.decide_here(rule)
     }
 
     /// Slows `vcpu`, or every vCPU without one: it does not run for `percent` (0 to 99) of its time. To be done at any time,
@@ -200,8 +203,8 @@ impl Guest {
     /// When the guest is not here, something is out of range, one is being measured already, or its way of measuring is not
     /// to be had: [`DirtyRateError`] says why. Nothing is changed then.
     pub fn calc_dirty_rate(&self, request: &DirtyRateRequest) -> Result<(), DirtyRateError> {
-        Self::must_be_here(&self.state())?;
-        self.dirty_rate.start(request, || match self.state().migrating {
+        self.state().must_be_here()?;
+        self.dirty_rate.start(&self.calls, request, || match self.state().migrating {
             true => Err(DirtyRateError::Migrating),
             false => Ok(()),
         })
@@ -222,113 +225,6 @@ impl Guest {
     pub(crate) fn throttled_for_migration(&self) -> Vec<u8> {
         self.throttle.of_migration()
     }
-
-    fn must_be_here(state: &State) -> Result<(), GuestError> {
-        match state.ownership {
-            Ownership::Here => Ok(()),
-            Ownership::HandingOver => Err(GuestError::InHandover),
-            Ownership::Undecided => Err(GuestError::Undecided),
-            Ownership::Gone => Err(GuestError::Gone),
-            Ownership::Awaited => Err(GuestError::NotHereYet),
-        }
-    }
-
-    fn resume(&self, state: &mut State) -> Result<(), GuestError> {
-        if !state.running {
-            self.machine.resume().map_err(|source| GuestError::Machine { step: MachineStep::Resume, source })?;
-            state.running = true;
-            self.tell(GuestEvent::Resumed);
-        }
-        Ok(())
-    }
-
-    fn pause(&self, state: &mut State) -> Result<(), GuestError> {
-        if state.running {
-            self.machine.pause().map_err(|source| GuestError::Machine { step: MachineStep::Pause, source })?;
-            state.running = false;
-            self.tell(GuestEvent::Stopped);
-        }
-        Ok(())
-    }
-
-    /// An outgoing migration begins.
-    pub(crate) fn begin_outgoing(&self) -> Result<(), GuestError> {
-        let mut state = self.state();
-        Self::must_be_here(&state)?;
-        if std::mem::replace(&mut state.migrating, true) {
-            return Err(GuestError::Busy);
-        }
-        drop(state);
-        // Whoever asks for one from here on is refused.
-        self.dirty_rate.give_up_tracker();
-        Ok(())
-    }
-
-    /// An incoming migration may come. A guest that has gone may come back.
-    pub(crate) fn begin_incoming(&self) -> Result<(), GuestError> {
-        let mut state = self.state();
-        match state.ownership {
-            Ownership::Awaited | Ownership::Gone if state.migrating => Err(GuestError::Busy),
-            Ownership::Awaited | Ownership::Gone => {
-                state.ownership = Ownership::Awaited;
-                state.migrating = true;
-                Ok(())
-            }
-            _ => Err(GuestError::Occupied),
-        }
-    }
-
-    /// The migration, either way, is over.
-    pub(crate) fn end_migration(&self) {
-        self.throttle.set_migration(&[]);
-        self.state().migrating = false;
-    }
-
-    /// Pauses for the switchover; tells whether the guest was running. The caller gives it back with
-    /// [`own`](Self::own), or away with [`undecided`](Self::undecided).
-    pub(crate) fn hand_over(&self) -> Result<bool, GuestError> {
-        let mut state = self.state();
-        Self::must_be_here(&state)?;
-        let was_running = state.running;
-        self.pause(&mut state)?;
-        state.ownership = Ownership::HandingOver;
-        self.dirty_rate.give_up();
-        // Wherever it goes on, it does so at full speed. A machine that fails here has stopped all the same.
-        let _ = contain("source", || {
-            self.throttle.set_migration(&[]);
-            Ok(())
-        });
-        Ok(was_running)
-    }
-
-    /// From here on the other side may run it: Release is about to be sent, or everything has arrived here and
-    /// Ready is about to be.
-    pub(crate) fn undecided(&self) {
-        self.state().ownership = Ownership::Undecided;
-    }
-
-    /// The guest is this side's again, or has become so; it goes on if `run` says so. It is this side's even if the
-    /// machine then fails to run.
-    pub(crate) fn own(&self, run: Resume) -> Result<(), GuestError> {
-        let mut state = self.state();
-        state.ownership = Ownership::Here;
-        match run {
-            Resume::StayPaused => Ok(()),
-            Resume::Run => self.resume(&mut state),
-        }
-    }
-
-    /// It is the other side's for good, where it runs if `run` says so.
-    pub(crate) fn gone(&self, run: Resume) {
-        let mut state = self.state();
-        state.ownership = Ownership::Gone;
-        state.runs_there = run == Resume::Run;
-    }
-
-    /// It will not come in by this session; another may.
-    pub(crate) fn await_again(&self) {
-        self.state().ownership = Ownership::Awaited;
-    }
 }
 
 /// Whether a guest that becomes this side's runs at once.
@@ -338,4 +234,14 @@ pub(crate) enum Resume {
     Run,
     /// It stays paused, as it was before.
     StayPaused,
+}
+
+/// When a person's decision holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TakeBack {
+    /// Only once nothing was heard of the other side for `link-timeout`: until then it may be about to run the guest.
+    WhenSilent,
+    /// At once. For whoever knows for certain that the other side will not run the guest.
+    Anyway,
 }

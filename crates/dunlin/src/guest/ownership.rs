@@ -1,0 +1,953 @@
+//! Who may run the guest, and the way there: the handover's tables with everything that moves them.
+//!
+//! Every message of a handover, every decision of a person and every start and stop of the vCPUs changes one [`State`] under
+//! one lock. The VMM's own code runs without that lock: whoever is about to call it takes the *turn*, and gives it back
+//! when the call has ended or was given up. What must stay true: a row of a table that has the vCPUs started or stopped is
+//! entered only by the one that holds the turn; ownership is derived from the tables' states and stored nowhere else.
+
+use std::fmt;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{Guest, GuestEvent, Ownership, Resume, StartPermit, TakeBack};
+use crate::clock::{BootInstant, Contact};
+use crate::error::{Cause, GuestError, GuestPlace, MachineStep, Side};
+use crate::guest::permit::Used;
+use crate::handover::{
+    DestinationAction, DestinationEvent, DestinationState, Illegal, SourceAction, SourceEvent, SourceState,
+};
+use crate::link::CpuTime;
+use crate::machine::Claim;
+
+/// How long an operator's start or stop may take, and how long it waits for another.
+pub(super) const OPERATOR_LIMIT: Duration = Duration::from_secs(30);
+/// How long it may take to start a guest again that stays, whatever was left of the switchover's time.
+const RESUME_LIMIT: Duration = Duration::from_secs(10);
+/// How long vCPUs that may have begun may take to stop.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// How long giving up what only one machine may use may take, once the guest has gone.
+const GIVE_UP_LIMIT: Duration = Duration::from_secs(2);
+/// The part of `link-timeout` within which a Release must be acted on. The source lets nobody take its guest back before the
+/// whole of it is over.
+const LEASE: (u32, u32) = (3, 4);
+
+/// What a migration's two sides tell each other with a message of the handover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Heard {
+    /// The sender's epoch: each decision of a person is one higher than all before.
+    pub(crate) epoch: u64,
+    /// With Ready the question that a Release must answer; with Release the question that it answers.
+    pub(crate) question: u64,
+    /// With Release: how long after the question was asked it may be acted on.
+    pub(crate) lease: Duration,
+}
+
+/// Which record says who owns the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Charge {
+    Here,
+    Awaited,
+    Leaving,
+    Coming,
+}
+
+/// What happens when a person has decided.
+pub(crate) type OnDecision = Arc<dyn Fn() + Send + Sync>;
+
+/// The guest's latest way out.
+struct Leaving {
+    id: u64,
+    state: SourceState,
+    epoch: u64,
+    /// The highest epoch heard of.
+    seen: u64,
+    /// Somebody asked for an end: it is not released any more.
+    cancelled: bool,
+    /// A Release is being sent.
+    releasing: bool,
+    /// Whether it was running when it was paused for the switchover.
+    run: Resume,
+    /// What the destination asked last.
+    question: u64,
+    contact: Arc<Contact>,
+    link_timeout: Duration,
+    cpu: Arc<CpuTime>,
+    times: Times,
+    on_decision: OnDecision,
+}
+
+/// The guest's latest way in.
+struct Coming {
+    id: u64,
+    state: DestinationState,
+    epoch: u64,
+    seen: u64,
+    run: Resume,
+    /// The source can be heard.
+    connected: bool,
+    /// What was asked last, and when.
+    question: u64,
+    asked: BootInstant,
+    /// Starts that came too late.
+    expired: u32,
+    contact: Arc<Contact>,
+    link_timeout: Duration,
+    cpu: Arc<CpuTime>,
+    on_decision: OnDecision,
+}
+
+/// What belongs to one migration and is needed to decide.
+pub(crate) struct Ground {
+    /// When the other side was last heard of.
+    pub(crate) contact: Arc<Contact>,
+    /// `link-timeout`.
+    pub(crate) link_timeout: Duration,
+    /// CPU time of calls is counted there.
+    pub(crate) cpu: Arc<CpuTime>,
+    /// Called, without a lock held, after a person has decided.
+    pub(crate) on_decision: OnDecision,
+}
+
+/// When what happened to a guest that leaves.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Times {
+    /// It was stopped.
+    pub(crate) stopped: Option<Instant>,
+    /// It was released.
+    pub(crate) released: Option<Instant>,
+    /// It went on, here or there.
+    pub(crate) ended: Option<Instant>,
+}
+
+/// Everything about who may run the guest.
+pub(super) struct State {
+    charge: Charge,
+    leaving: Option<Leaving>,
+    coming: Option<Coming>,
+    /// The vCPUs run here, as far as is known.
+    pub(super) running: bool,
+    /// What they run under, or were last to run under.
+    permit: Option<StartPermit>,
+    /// What the VMM is being called for, and since when. Whoever called holds the turn.
+    turn: Option<(MachineStep, Instant)>,
+    /// A migration, either way, is being driven.
+    pub(super) migrating: bool,
+    ids: u64,
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State")
+            .field("ownership", &self.ownership())
+            .field("leaving", &self.leaving.as_ref().map(|leaving| leaving.state))
+            .field("coming", &self.coming.as_ref().map(|coming| coming.state))
+            .field("running", &self.running)
+            .field("turn", &self.turn)
+            .field("migrating", &self.migrating)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What an event has done at the source.
+#[derive(Debug)]
+pub(crate) struct Left<'a> {
+    pub(crate) state: SourceState,
+    /// What is to be sent, among others.
+    pub(crate) actions: &'static [SourceAction],
+    /// Whether what was to be done to the guest was done.
+    pub(crate) acted: Result<(), GuestError>,
+    /// What goes with the messages.
+    pub(crate) say: Heard,
+    /// Kept until Release has been sent: nobody takes the guest back meanwhile.
+    pub(crate) releasing: Option<Releasing<'a>>,
+}
+
+/// While it lives a Release is being sent, and nobody takes the guest back.
+#[derive(Debug)]
+pub(crate) struct Releasing<'a> {
+    guest: &'a Guest,
+    id: u64,
+}
+
+impl Drop for Releasing<'_> {
+    fn drop(&mut self) {
+        if let Ok(leaving) = self.guest.state().leaving(self.id) {
+            leaving.releasing = false;
+        }
+    }
+}
+
+/// What an event has done at the destination.
+#[derive(Debug)]
+pub(crate) struct Came {
+    pub(crate) before: DestinationState,
+    pub(crate) state: DestinationState,
+    /// What is to be sent.
+    pub(crate) actions: Vec<DestinationAction>,
+    /// Why what was to be done to the guest was not done.
+    pub(crate) error: Option<GuestError>,
+    /// What goes with the messages.
+    pub(crate) say: Heard,
+}
+
+/// How a start of the vCPUs ended.
+#[derive(Debug)]
+enum Start {
+    Done,
+    /// None has run, and none will.
+    Failed(GuestError),
+    /// The same: it was too late for the first.
+    Expired,
+    /// One may have run; from here on none will.
+    Unclear(GuestError),
+}
+
+impl State {
+    pub(super) fn new(ownership: Ownership) -> Self {
+        let charge = if ownership == Ownership::Here { Charge::Here } else { Charge::Awaited };
+        Self { charge, leaving: None, coming: None, running: false, permit: None, turn: None, migrating: false, ids: 0 }
+    }
+
+    fn new_id(&mut self) -> u64 {
+        self.ids = self.ids.wrapping_add(1);
+        self.ids
+    }
+
+    fn leaving(&mut self, id: u64) -> Result<&mut Leaving, Illegal> {
+        let found = self.leaving.as_mut().filter(|leaving| leaving.id == id);
+        found.ok_or_else(|| Illegal { state: "an earlier migration's".into(), event: "its message".into() })
+    }
+
+    fn coming(&mut self, id: u64) -> Result<&mut Coming, Illegal> {
+        let found = self.coming.as_mut().filter(|coming| coming.id == id);
+        found.ok_or_else(|| Illegal { state: "an earlier migration's".into(), event: "its message".into() })
+    }
+
+    fn leaving_state(&self) -> Option<SourceState> {
+        self.leaving.as_ref().map(|leaving| leaving.state).filter(|_| self.charge == Charge::Leaving)
+    }
+
+    fn coming_state(&self) -> Option<DestinationState> {
+        self.coming.as_ref().map(|coming| coming.state).filter(|_| self.charge == Charge::Coming)
+    }
+
+    pub(super) fn ownership(&self) -> Ownership {
+        use DestinationState as There;
+        use SourceState as From;
+        match (self.charge, self.leaving_state(), self.coming_state()) {
+            (Charge::Here, ..) => Ownership::Here,
+            (Charge::Awaited, ..) => Ownership::Awaited,
+            (_, Some(From::Running | From::TookBack), _) => Ownership::Here,
+            (_, Some(From::Paused | From::Offered), _) => Ownership::HandingOver,
+            (_, Some(From::Released | From::Kept), _) => Ownership::Undecided,
+            (_, Some(From::Gone), _) => Ownership::Gone,
+            (_, _, Some(There::Loading | There::Aborted)) => Ownership::Awaited,
+            (_, _, Some(There::Running)) => Ownership::Here,
+            (_, _, Some(There::Ready | There::Starting | There::TakingOver | There::Kept | There::Retaking)) => {
+                Ownership::Undecided
+            }
+            (_, None, None) => Ownership::Undecided,
+        }
+    }
+
+    pub(super) fn place(&self, side: Side) -> GuestPlace {
+        match (self.ownership(), side, self.running) {
+            (Ownership::Undecided, ..) => GuestPlace::Undecided,
+            (Ownership::Gone, ..) => match self.leaving.as_ref().map(|leaving| leaving.run) {
+                Some(Resume::Run) => GuestPlace::RunningAtDestination,
+                _ => GuestPlace::PausedAtDestination,
+            },
+            (Ownership::Awaited, ..) => GuestPlace::AtSource,
+            (_, Side::Source, true) => GuestPlace::RunningAtSource,
+            (_, Side::Source, false) => GuestPlace::PausedAtSource,
+            (_, Side::Destination, true) => GuestPlace::RunningAtDestination,
+            (_, Side::Destination, false) => GuestPlace::PausedAtDestination,
+        }
+    }
+
+    pub(super) fn must_be_here(&self) -> Result<(), GuestError> {
+        let starting = matches!(
+            self.coming_state(),
+            Some(DestinationState::Starting | DestinationState::TakingOver | DestinationState::Retaking)
+        );
+        match self.ownership() {
+            Ownership::Here => Ok(()),
+            Ownership::HandingOver => Err(GuestError::InHandover),
+            Ownership::Undecided if starting => Err(GuestError::InHandover),
+            Ownership::Undecided => Err(GuestError::Undecided),
+            Ownership::Gone => Err(GuestError::Gone),
+            Ownership::Awaited => Err(GuestError::NotHereYet),
+        }
+    }
+}
+
+impl Leaving {
+    /// What a message means in the light of its epoch.
+    fn meaning(&self, event: SourceEvent, heard: Heard) -> SourceEvent {
+        let decided = matches!(self.state, SourceState::TookBack | SourceState::Kept);
+        match event {
+            SourceEvent::Running if decided && heard.epoch > self.epoch => SourceEvent::Overruled,
+            event => event,
+        }
+    }
+
+    fn say(&self) -> Heard {
+        let (part, whole) = LEASE;
+        Heard { epoch: self.epoch, question: self.question, lease: self.link_timeout * part / whole }
+    }
+
+    /// Whether a person may decide now.
+    fn may_decide(&self, rule: TakeBack) -> Result<(), GuestError> {
+        if self.releasing {
+            return Err(GuestError::InHandover);
+        }
+        silent_enough(rule, &self.contact, self.link_timeout)
+    }
+}
+
+impl Coming {
+    /// Asks anew: only a Release that answers this is acted on.
+    fn ask(&mut self) {
+        self.question = self.question.wrapping_add(1);
+        self.asked = BootInstant::now();
+    }
+
+    fn meaning(&self, event: DestinationEvent, heard: Heard) -> DestinationEvent {
+        let answers = heard.question == self.question && self.asked.elapsed() < heard.lease;
+        match event {
+            DestinationEvent::Release if heard.epoch < self.epoch || !answers => DestinationEvent::StaleRelease,
+            // On equal terms the source's word holds: one of the two must give way.
+            DestinationEvent::Abort if heard.epoch >= self.epoch && self.overrulable() => DestinationEvent::Overruled,
+            event => event,
+        }
+    }
+
+    /// The guest runs, or has run, by this side's word.
+    fn overrulable(&self) -> bool {
+        use DestinationState::{Kept, Retaking, Running};
+        matches!(self.state, Running | Kept | Retaking)
+    }
+
+    fn say(&self) -> Heard {
+        Heard { epoch: self.epoch, question: self.question, lease: Duration::ZERO }
+    }
+
+    fn may_decide(&self, rule: TakeBack) -> Result<(), GuestError> {
+        silent_enough(rule, &self.contact, self.link_timeout)
+    }
+}
+
+fn silent_enough(rule: TakeBack, contact: &Contact, link_timeout: Duration) -> Result<(), GuestError> {
+    let left = link_timeout.saturating_sub(contact.silence());
+    match rule {
+        TakeBack::Anyway => Ok(()),
+        TakeBack::WhenSilent if left.is_zero() => Ok(()),
+        TakeBack::WhenSilent => Err(GuestError::StillHeard { left }),
+    }
+}
+
+/// What is about to be done to the vCPUs.
+struct StartPlan {
+    permit: StartPermit,
+    claim: Option<Claim>,
+    run: Resume,
+    limit: Duration,
+    cpu: Arc<CpuTime>,
+}
+
+impl Guest {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until nobody starts or stops the vCPUs.
+    fn wait_for_turn<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        step: MachineStep,
+        deadline: Instant,
+    ) -> Result<MutexGuard<'a, State>, GuestError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if let Some((at, since)) = state.turn {
+            if left.is_zero() {
+                return Err(GuestError::MachineBusy { step, at, since: since.elapsed() });
+            }
+            state = self.turn_ended.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(state)
+    }
+
+    /// Calls the VMM's code with the turn taken and without the lock.
+    fn with_turn<'a, T>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        step: MachineStep,
+        act: impl FnOnce(&Self) -> T,
+    ) -> (MutexGuard<'a, State>, T) {
+        state.turn = Some((step, Instant::now()));
+        drop(state);
+        let done = act(self);
+        let mut state = self.state();
+        state.turn = None;
+        self.turn_ended.notify_all();
+        (state, done)
+    }
+
+    /// Starts the vCPUs, or only takes what belongs to the guest if it is to stay paused.
+    fn start_vcpus<'a>(&'a self, mut state: MutexGuard<'a, State>, plan: StartPlan) -> (MutexGuard<'a, State>, Start) {
+        let StartPlan { permit, claim, run, limit, cpu } = plan;
+        state.permit = Some(permit.clone());
+        let resumes = run == Resume::Run && !state.running;
+        let (mut state, start) = self.with_turn(state, MachineStep::Resume, |guest| {
+            let deadline = Instant::now() + limit;
+            let left = || deadline.saturating_duration_since(Instant::now());
+            let claimed = match claim {
+                Some(claim) => guest.calls.call(MachineStep::Claim, left(), &cpu, move |machine| machine.claim(claim)),
+                None => Ok(()),
+            };
+            let started = claimed.and_then(|()| {
+                if !resumes {
+                    return Ok(());
+                }
+                let given = permit.clone();
+                guest.calls.call(MachineStep::Resume, left(), &cpu, move |machine| machine.resume(&given))
+            });
+            match started {
+                // A machine that has not asked yet is asked for.
+                Ok(()) if permit.enter() => Start::Done,
+                Ok(()) => {
+                    let used = permit.revoke();
+                    if resumes {
+                        let _ = guest.calls.call(MachineStep::Pause, STOP_LIMIT, &cpu, |machine| machine.pause());
+                    }
+                    match used {
+                        Used::TooLate => Start::Expired,
+                        Used::Never => Start::Failed(GuestError::StartRevoked),
+                        Used::Entered => Start::Unclear(GuestError::StartRevoked),
+                    }
+                }
+                Err(error) => guest.not_started(&permit, error, &cpu),
+            }
+        });
+        if matches!(start, Start::Done) && resumes {
+            state.running = true;
+            self.tell(GuestEvent::Resumed);
+        }
+        (state, start)
+    }
+
+    /// What a failed start means. From here on no vCPU enters the guest.
+    fn not_started(&self, permit: &StartPermit, error: GuestError, cpu: &Arc<CpuTime>) -> Start {
+        let used = permit.revoke();
+        match (&error, used) {
+            // The VMM is still at it: when it has done it must take it back.
+            (GuestError::MachineTooSlow { step: MachineStep::Resume, .. }, _) => {
+                self.calls.follow_up(MachineStep::Pause, |machine| drop(machine.pause()));
+            }
+            (GuestError::MachinePanicked { .. }, _) | (_, Used::Entered) => {
+                let _ = self.calls.call(MachineStep::Pause, STOP_LIMIT, cpu, |machine| machine.pause());
+            }
+            _ => {}
+        }
+        match (&error, used) {
+            (GuestError::MachinePanicked { step: MachineStep::Resume, .. }, _) | (_, Used::Entered) => {
+                Start::Unclear(error)
+            }
+            (_, Used::TooLate) => Start::Expired,
+            (_, Used::Never) => Start::Failed(error),
+        }
+    }
+
+    /// Stops the vCPUs.
+    fn stop_vcpus<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        limit: Duration,
+        cpu: &Arc<CpuTime>,
+    ) -> (MutexGuard<'a, State>, Result<(), GuestError>) {
+        if !state.running {
+            return (state, Ok(()));
+        }
+        let permit = state.permit.clone();
+        let (mut state, stopped) = self.with_turn(state, MachineStep::Pause, |guest| {
+            guest.calls.call(MachineStep::Pause, limit, cpu, |machine| machine.pause())
+        });
+        match &stopped {
+            Ok(()) => {
+                state.running = false;
+                self.tell(GuestEvent::Stopped);
+            }
+            // It goes on, and if it stops after all it is started again.
+            Err(GuestError::MachineTooSlow { .. }) => {
+                let permit = permit.unwrap_or_else(StartPermit::unlimited);
+                self.calls.follow_up(MachineStep::Resume, move |machine| drop(machine.resume(&permit)));
+            }
+            Err(_) => {}
+        }
+        (state, stopped)
+    }
+
+    pub(super) fn operate(&self, run: Resume) -> Result<(), GuestError> {
+        let deadline = Instant::now() + OPERATOR_LIMIT;
+        let step = if run == Resume::Run { MachineStep::Resume } else { MachineStep::Pause };
+        let mut state = self.state();
+        loop {
+            state.must_be_here()?;
+            if state.turn.is_none() {
+                break;
+            }
+            state = self.wait_for_turn(state, step, deadline)?;
+        }
+        let cpu = Arc::default();
+        if run == Resume::StayPaused {
+            return self.stop_vcpus(state, OPERATOR_LIMIT, &cpu).1;
+        }
+        if state.running {
+            return Ok(());
+        }
+        let permit = StartPermit::unlimited();
+        let plan = StartPlan { permit, claim: Some(Claim::Whole), run, limit: OPERATOR_LIMIT, cpu };
+        match self.start_vcpus(state, plan).1 {
+            Start::Done => Ok(()),
+            Start::Failed(error) | Start::Unclear(error) => Err(error),
+            Start::Expired => Err(GuestError::StartRevoked),
+        }
+    }
+
+    /// An outgoing migration begins; gives its number.
+    pub(crate) fn begin_outgoing(&self, ground: Ground) -> Result<u64, GuestError> {
+        let mut state = self.state();
+        state.must_be_here()?;
+        if std::mem::replace(&mut state.migrating, true) {
+            return Err(GuestError::Busy);
+        }
+        let id = state.new_id();
+        let Ground { contact, link_timeout, cpu, on_decision } = ground;
+        state.leaving = Some(Leaving {
+            id,
+            state: SourceState::Running,
+            epoch: 1,
+            seen: 0,
+            cancelled: false,
+            releasing: false,
+            run: Resume::StayPaused,
+            question: 0,
+            contact,
+            link_timeout,
+            cpu,
+            times: Times::default(),
+            on_decision,
+        });
+        state.charge = Charge::Leaving;
+        drop(state);
+        // Whoever asks for one from here on is refused.
+        self.dirty_rate.give_up_tracker();
+        Ok(id)
+    }
+
+    /// An incoming migration may come. A guest that has gone may come back.
+    pub(crate) fn begin_incoming(&self) -> Result<(), GuestError> {
+        let mut state = self.state();
+        match state.ownership() {
+            Ownership::Awaited | Ownership::Gone if state.migrating => Err(GuestError::Busy),
+            Ownership::Awaited | Ownership::Gone => {
+                state.charge = Charge::Awaited;
+                state.migrating = true;
+                Ok(())
+            }
+            Ownership::Undecided => Err(GuestError::Undecided),
+            Ownership::Here | Ownership::HandingOver => Err(GuestError::Occupied),
+        }
+    }
+
+    /// A migration comes in; gives its number.
+    pub(crate) fn begin_session(&self, ground: Ground) -> Result<u64, GuestError> {
+        let mut state = self.state();
+        match state.ownership() {
+            Ownership::Awaited => {}
+            Ownership::Undecided => return Err(GuestError::Undecided),
+            _ => return Err(GuestError::Occupied),
+        }
+        let id = state.new_id();
+        let Ground { contact, link_timeout, cpu, on_decision } = ground;
+        state.coming = Some(Coming {
+            id,
+            state: DestinationState::Loading,
+            epoch: 1,
+            seen: 0,
+            run: Resume::StayPaused,
+            connected: true,
+            question: 0,
+            asked: BootInstant::now(),
+            expired: 0,
+            contact,
+            link_timeout,
+            cpu,
+            on_decision,
+        });
+        state.charge = Charge::Coming;
+        Ok(id)
+    }
+
+    /// The driver of a migration, either way, ends.
+    pub(crate) fn end_migration(&self) {
+        self.throttle.set_migration(&[]);
+        self.state().migrating = false;
+    }
+
+    /// The source of migration `id` asks its destination once more.
+    pub(crate) fn begin_asking(&self, id: u64) -> Result<(), GuestError> {
+        let mut state = self.state();
+        let place = state.place(Side::Source);
+        if state.leaving_state() != Some(SourceState::Released) || state.leaving(id).is_err() {
+            return Err(GuestError::NothingToDecide(place));
+        }
+        if std::mem::replace(&mut state.migrating, true) { Err(GuestError::Busy) } else { Ok(()) }
+    }
+
+    /// From here on migration `id` is not released any more.
+    ///
+    /// # Errors
+    /// When it was.
+    pub(crate) fn cancel_leaving(&self, id: u64) -> Result<(), GuestError> {
+        let mut state = self.state();
+        let Ok(leaving) = state.leaving(id) else { return Ok(()) };
+        if leaving.state == SourceState::Released {
+            return Err(GuestError::InHandover);
+        }
+        leaving.cancelled = true;
+        Ok(())
+    }
+
+    /// Where migration `id` out stands.
+    pub(crate) fn leaving_at(&self, id: u64) -> Option<SourceState> {
+        self.state().leaving(id).ok().map(|leaving| leaving.state)
+    }
+
+    /// Where migration `id` in stands.
+    pub(crate) fn coming_at(&self, id: u64) -> Option<DestinationState> {
+        self.state().coming(id).ok().map(|coming| coming.state)
+    }
+
+    /// When what happened in migration `id`.
+    pub(crate) fn leaving_times(&self, id: u64) -> Times {
+        self.state().leaving(id).map(|leaving| leaving.times).unwrap_or_default()
+    }
+
+    /// Whether the guest was running when migration `id` paused it.
+    pub(crate) fn leaving_run(&self, id: u64) -> Resume {
+        self.state().leaving(id).map_or(Resume::StayPaused, |leaving| leaving.run)
+    }
+
+    /// The guest of migration `id` in is to run, once it is here, or to stay paused.
+    pub(crate) fn coming_runs(&self, id: u64, run: Resume) {
+        if let Ok(coming) = self.state().coming(id) {
+            coming.run = run;
+        }
+    }
+
+    /// The source of migration `id` in can be heard again.
+    pub(crate) fn reconnected(&self, id: u64) {
+        if let Ok(coming) = self.state().coming(id) {
+            coming.connected = true;
+        }
+    }
+
+    /// The source of migration `id` in has let go of everything: all of it is this side's.
+    pub(crate) fn settle_claim(&self, id: u64) {
+        let mut state = self.state();
+        let Ok(cpu) = state.coming(id).map(|coming| coming.cpu.clone()) else { return };
+        if state.turn.is_some() || state.coming_state() != Some(DestinationState::Running) {
+            // Whoever holds the turn takes it, or gives it up, anyway.
+            return;
+        }
+        let (state, _) = self.with_turn(state, MachineStep::Claim, |guest| {
+            guest.calls.call(MachineStep::Claim, GIVE_UP_LIMIT, &cpu, |machine| machine.claim(Claim::Whole))
+        });
+        drop(state);
+    }
+
+    /// Whether the guest of a migration in waits here for its source, or for a person.
+    pub(crate) fn waits_for_decision(&self) -> bool {
+        let state = self.state();
+        match state.coming_state() {
+            Some(DestinationState::Ready) => state.coming.as_ref().is_some_and(|coming| !coming.connected),
+            Some(DestinationState::Kept | DestinationState::TakingOver | DestinationState::Retaking) => true,
+            _ => false,
+        }
+    }
+
+    /// An event of migration `id` out: the next state, ownership with it, and what is to be done to the guest is done.
+    ///
+    /// # Errors
+    /// When the event has no place there, a cancelled guest would be released, or the machine does not give up what the
+    /// other side needs. Nothing has changed then.
+    pub(crate) fn leave(&self, id: u64, event: SourceEvent, heard: Heard, limit: Duration) -> Result<Left<'_>, Cause> {
+        self.leave_if(id, event, heard, limit, |_| Ok(()))
+    }
+
+    fn leave_if(
+        &self,
+        id: u64,
+        event: SourceEvent,
+        heard: Heard,
+        limit: Duration,
+        allowed: impl Fn(&Leaving) -> Result<(), GuestError>,
+    ) -> Result<Left<'_>, Cause> {
+        use SourceAction::{PauseGuest, ResumeGuest, SendRelease};
+        let deadline = Instant::now() + limit;
+        let mut state = self.state();
+        let mut claim_given_up = false;
+        let (before, next, actions, run, cpu) = loop {
+            let busy = state.turn.is_some();
+            let leaving = state.leaving(id)?;
+            allowed(leaving)?;
+            let event = leaving.meaning(event, heard);
+            let (next, actions) = leaving.state.on(event)?;
+            let gives_away = leaving.state == SourceState::Offered && actions.contains(&SendRelease);
+            if gives_away && leaving.cancelled {
+                return Err(Cause::Cancelled);
+            }
+            let acts = [PauseGuest, ResumeGuest].iter().any(|action| actions.contains(action));
+            if busy && (acts || gives_away) {
+                state = self.wait_for_turn(state, MachineStep::Claim, deadline)?;
+                continue;
+            }
+            if gives_away && !claim_given_up {
+                // While the guest is still this side's: what fails here leaves it here.
+                let cpu = leaving.cpu.clone();
+                let left = deadline.saturating_duration_since(Instant::now());
+                let (locked, given) = self.with_turn(state, MachineStep::Claim, |guest| {
+                    guest.calls.call(MachineStep::Claim, left, &cpu, |machine| machine.claim(Claim::Released))
+                });
+                given?;
+                claim_given_up = true;
+                state = locked;
+                continue;
+            }
+            let before = std::mem::replace(&mut leaving.state, next);
+            leaving.seen = leaving.seen.max(heard.epoch);
+            match event {
+                SourceEvent::TakeBack => leaving.epoch = leaving.epoch.max(leaving.seen).saturating_add(1),
+                SourceEvent::Ready => {
+                    leaving.question = heard.question;
+                    // A decision there that came to nothing: this Release is not older than that.
+                    leaving.epoch = leaving.epoch.max(heard.epoch);
+                }
+                _ => {}
+            }
+            leaving.releasing |= actions.contains(&SendRelease);
+            if next == SourceState::Released {
+                leaving.times.released.get_or_insert_with(Instant::now);
+            }
+            break (before, next, actions, leaving.run, leaving.cpu.clone());
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        let acted = if actions.contains(&PauseGuest) && state.leaving_state().is_some() {
+            if next == SourceState::Paused {
+                let run = if state.running { Resume::Run } else { Resume::StayPaused };
+                let leaving = state.leaving(id)?;
+                leaving.run = run;
+                leaving.times.stopped = Some(Instant::now());
+            }
+            let (locked, stopped) = self.stop_vcpus(state, left, &cpu);
+            state = locked;
+            stopped
+        } else if actions.contains(&ResumeGuest) {
+            let claim = (before != SourceState::Paused).then_some(Claim::Whole);
+            let plan =
+                StartPlan { permit: StartPermit::unlimited(), claim, run, limit: RESUME_LIMIT, cpu: cpu.clone() };
+            // A guest that never stopped, because its pause failed, keeps what it runs under.
+            let (locked, start) = if state.running { (state, Start::Done) } else { self.start_vcpus(state, plan) };
+            state = locked;
+            match start {
+                Start::Done => Ok(()),
+                Start::Failed(error) | Start::Unclear(error) => Err(error),
+                Start::Expired => Err(GuestError::StartRevoked),
+            }
+        } else if next == SourceState::Gone && before != next && state.turn.is_none() {
+            let (locked, _) = self.with_turn(state, MachineStep::Claim, |guest| {
+                guest.calls.call(MachineStep::Claim, GIVE_UP_LIMIT, &cpu, |machine| machine.claim(Claim::Nothing))
+            });
+            state = locked;
+            Ok(())
+        } else {
+            Ok(())
+        };
+        let leaving = state.leaving(id)?;
+        if actions.contains(&ResumeGuest) || (next == SourceState::Gone && before != next) {
+            leaving.times.ended.get_or_insert_with(Instant::now);
+        }
+        let say = leaving.say();
+        drop(state);
+        if next == SourceState::Paused {
+            self.dirty_rate.give_up();
+        }
+        let releasing = actions.contains(&SendRelease).then_some(Releasing { guest: self, id });
+        Ok(Left { state: next, actions, acted, say, releasing })
+    }
+
+    /// An event of migration `id` in: the next state, ownership with it, and what is to be done to the guest is done.
+    ///
+    /// # Errors
+    /// When the event has no place there. Nothing has changed then.
+    pub(crate) fn come(&self, id: u64, event: DestinationEvent, heard: Heard, limit: Duration) -> Result<Came, Cause> {
+        self.come_if(id, event, heard, limit, |_| Ok(()))
+    }
+
+    fn come_if(
+        &self,
+        id: u64,
+        event: DestinationEvent,
+        heard: Heard,
+        limit: Duration,
+        allowed: impl Fn(&Coming) -> Result<(), GuestError>,
+    ) -> Result<Came, Cause> {
+        use DestinationAction::{PauseGuest, RevokeStart, SendReady, StartGuest};
+        let deadline = Instant::now() + limit;
+        let mut state = self.state();
+        let (before, next, actions) = loop {
+            let busy = state.turn.is_some();
+            let coming = state.coming(id)?;
+            allowed(coming)?;
+            let event = coming.meaning(event, heard);
+            let (next, actions) = coming.state.on(event)?;
+            if busy && [PauseGuest, StartGuest].iter().any(|action| actions.contains(action)) {
+                state = self.wait_for_turn(state, MachineStep::Resume, deadline)?;
+                continue;
+            }
+            let before = std::mem::replace(&mut coming.state, next);
+            coming.seen = coming.seen.max(heard.epoch);
+            match event {
+                DestinationEvent::LinkLost => coming.connected = false,
+                DestinationEvent::TakeOver => coming.epoch = coming.epoch.max(coming.seen).saturating_add(1),
+                _ => {}
+            }
+            break (before, next, actions);
+        };
+        let mut all: Vec<_> = actions.to_vec();
+        let mut error = None;
+        let mut now = next;
+        let mut revoked = None;
+        for action in actions {
+            match action {
+                StartGuest => {
+                    let (locked, more, why) = self.start_coming(state, id, next, heard, limit)?;
+                    state = locked;
+                    now = state.coming(id)?.state;
+                    all.extend(more);
+                    error = why;
+                }
+                PauseGuest if state.coming_state().is_some() => {
+                    let cpu = state.coming(id)?.cpu.clone();
+                    let (locked, stopped) = self.stop_vcpus(state, STOP_LIMIT, &cpu);
+                    state = locked;
+                    error = stopped.err();
+                }
+                RevokeStart => revoked = state.permit.clone(),
+                _ => {}
+            }
+        }
+        let coming = state.coming(id)?;
+        if all.contains(&SendReady) {
+            coming.ask();
+        }
+        let say = coming.say();
+        drop(state);
+        if let Some(permit) = revoked {
+            permit.revoke();
+        }
+        Ok(Came { before, state: now, actions: all, error, say })
+    }
+
+    /// Starts a guest that was released to this side, or that a person has taken over, and enters what came of it.
+    #[allow(clippy::type_complexity)]
+    fn start_coming<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        id: u64,
+        starting: DestinationState,
+        heard: Heard,
+        limit: Duration,
+    ) -> Result<(MutexGuard<'a, State>, &'static [DestinationAction], Option<GuestError>), Cause> {
+        let coming = state.coming(id)?;
+        let permit = match starting {
+            DestinationState::Starting => StartPermit::until(coming.asked + heard.lease),
+            _ => StartPermit::unlimited(),
+        };
+        let (run, cpu) = (coming.run, coming.cpu.clone());
+        let plan = StartPlan { permit, claim: Some(Claim::Arrived), run, limit, cpu };
+        let (mut state, start) = self.start_vcpus(state, plan);
+        let coming = state.coming(id)?;
+        let (event, error) = match start {
+            Start::Done => (DestinationEvent::Started, None),
+            Start::Failed(error) => (DestinationEvent::StartFailed, Some(error)),
+            Start::Unclear(error) => (DestinationEvent::StartUnclear, Some(error)),
+            Start::Expired => {
+                coming.expired = coming.expired.saturating_add(1);
+                // A machine that never starts in time will not do so the next time.
+                let again = coming.expired == 1 && coming.state == DestinationState::Starting;
+                (
+                    if again { DestinationEvent::Expired } else { DestinationEvent::StartFailed },
+                    Some(GuestError::StartTooLate { lease: heard.lease }),
+                )
+            }
+        };
+        let (next, actions) = coming.state.on(event)?;
+        coming.state = next;
+        Ok((state, actions, error))
+    }
+
+    /// A person's decision: see [`Guest::take_back`].
+    pub(super) fn decide_here(&self, rule: TakeBack) -> Result<(), GuestError> {
+        let nothing = |state: &State| {
+            let side = if state.charge == Charge::Coming { Side::Destination } else { Side::Source };
+            GuestError::NothingToDecide(state.place(side))
+        };
+        let (leaving, coming) = {
+            let state = self.state();
+            let leaving = state.leaving.as_ref().filter(|_| state.charge == Charge::Leaving).map(|leaving| leaving.id);
+            let coming = state.coming.as_ref().filter(|_| state.charge == Charge::Coming).map(|coming| coming.id);
+            match (state.leaving_state(), state.coming_state()) {
+                (Some(SourceState::Released | SourceState::Kept), _) => (leaving, None),
+                (_, Some(DestinationState::Ready | DestinationState::Kept)) => (None, coming),
+                _ => return Err(nothing(&state)),
+            }
+        };
+        let told = |error: Cause| match error {
+            Cause::Guest(error) => error,
+            _ => nothing(&self.state()),
+        };
+        let done = match (leaving, coming) {
+            (Some(id), _) => {
+                let allowed = |leaving: &Leaving| leaving.may_decide(rule);
+                self.leave_if(id, SourceEvent::TakeBack, Heard::default(), OPERATOR_LIMIT, allowed).map_err(told)?.acted
+            }
+            (_, Some(id)) => {
+                let allowed = |coming: &Coming| match coming.state {
+                    DestinationState::Ready if coming.connected => Err(GuestError::SourceConnected),
+                    _ => coming.may_decide(rule),
+                };
+                let came = self
+                    .come_if(id, DestinationEvent::TakeOver, Heard::default(), OPERATOR_LIMIT, allowed)
+                    .map_err(told)?;
+                came.error.map_or(Ok(()), Err)
+            }
+            (None, None) => Err(nothing(&self.state())),
+        };
+        // Whoever drives the migration tells the other side, and the report.
+        self.decided(leaving, coming);
+        done
+    }
+
+    fn decided(&self, leaving: Option<u64>, coming: Option<u64>) {
+        let act = {
+            let mut state = self.state();
+            let of_leaving = leaving.and_then(|id| state.leaving(id).ok().map(|leaving| leaving.on_decision.clone()));
+            of_leaving.or_else(|| coming.and_then(|id| state.coming(id).ok().map(|coming| coming.on_decision.clone())))
+        };
+        if let Some(act) = act {
+            act();
+        }
+    }
+}
