@@ -20,7 +20,7 @@ use crate::report::Status;
 use crate::throttle::{Throttle, VcpuThrottle};
 pub(crate) use calls::Calls;
 use ownership::State;
-pub(crate) use ownership::{Came, Ground, Heard, Left};
+pub(crate) use ownership::{Came, Ground, Heard, Left, Untold};
 pub use permit::StartPermit;
 
 /// Who may run the guest, seen from this process.
@@ -68,6 +68,7 @@ pub struct Guest {
     calls: Calls,
     state: Mutex<State>,
     turn_ended: Condvar,
+    untold: Mutex<Vec<Untold>>,
     watchers: Mutex<Vec<Sender<GuestEvent>>>,
     throttle: Throttle,
     dirty_rate: DirtyRateService,
@@ -98,6 +99,7 @@ impl Guest {
             machine,
             state: Mutex::new(State::new(ownership)),
             turn_ended: Condvar::new(),
+            untold: Mutex::default(),
             watchers: Mutex::default(),
         })
     }

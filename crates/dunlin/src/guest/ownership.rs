@@ -16,8 +16,9 @@ use crate::guest::permit::Used;
 use crate::handover::{
     DestinationAction, DestinationEvent, DestinationState, Illegal, SourceAction, SourceEvent, SourceState,
 };
-use crate::link::CpuTime;
+use crate::link::{CpuTime, lock};
 use crate::machine::Claim;
+use crate::wire::SessionId;
 
 /// How long an operator's start or stop may take, and how long it waits for another.
 pub(super) const OPERATOR_LIMIT: Duration = Duration::from_secs(30);
@@ -27,6 +28,8 @@ const RESUME_LIMIT: Duration = Duration::from_secs(10);
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 /// How long giving up what only one machine may use may take, once the guest has gone.
 const GIVE_UP_LIMIT: Duration = Duration::from_secs(2);
+/// Sessions of which a guest remembers that their destinations have to be told.
+const MAX_UNTOLD: usize = 16;
 /// The part of `link-timeout` within which a Release must be acted on. The source lets nobody take its guest back before the
 /// whole of it is over.
 const LEASE: (u32, u32) = (3, 4);
@@ -346,6 +349,14 @@ fn silent_enough(rule: TakeBack, contact: &Contact, link_timeout: Duration) -> R
     }
 }
 
+/// A session whose destination does not know that the guest was taken back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Untold {
+    pub(crate) session: SessionId,
+    /// Of the source, when it took the guest back.
+    pub(crate) epoch: u64,
+}
+
 /// What is about to be done to the vCPUs.
 struct StartPlan {
     permit: StartPermit,
@@ -627,6 +638,25 @@ impl Guest {
     /// Where migration `id` in stands.
     pub(crate) fn coming_at(&self, id: u64) -> Option<DestinationState> {
         self.state().coming(id).ok().map(|coming| coming.state)
+    }
+
+    /// The destination of `session`, which was migration `id`, could not be told that the guest is here.
+    pub(crate) fn note_untold(&self, id: u64, session: SessionId) {
+        let epoch = self.state().leaving(id).map_or(1, |leaving| leaving.epoch);
+        self.keep_untold(Untold { session, epoch });
+    }
+
+    pub(crate) fn keep_untold(&self, untold: Untold) {
+        let mut all = lock(&self.untold);
+        if all.len() >= MAX_UNTOLD {
+            all.remove(0);
+        }
+        all.push(untold);
+    }
+
+    /// Destinations that have yet to be told that the guest is here.
+    pub(crate) fn take_untold(&self) -> Vec<Untold> {
+        std::mem::take(&mut lock(&self.untold))
     }
 
     /// When what happened in migration `id`.

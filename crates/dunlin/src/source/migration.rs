@@ -67,6 +67,7 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
     let machine = shared.guest.machine().clone();
     let calls = shared.guest.calls();
     let tracker = calls.call(MachineStep::Track, MACHINE_LIMIT, &shared.cpu, |machine| machine.dirty_tracker())?;
+    switchover::tell_earlier(shared);
     let control = match contain("source", || setup::open(shared, session, events)) {
         Ok(control) => control,
         Err(cause) => return switchover::fail(shared, None, cause),

@@ -20,7 +20,7 @@ use crate::parameters::Switch;
 use crate::report::{Round, Status};
 use crate::wire::{
     Abort, AbortReason, Done, MAX_DEVICE_STATE_BYTES, MAX_NAME_BYTES, Message, Offer, Release, Role, RoundDone,
-    Section, data_checksum,
+    Section, SessionId, data_checksum,
 };
 
 /// Bytes of device state in one message.
@@ -447,9 +447,7 @@ struct Again<'a> {
 }
 
 impl<'a> Again<'a> {
-    fn open(shared: &'a Shared, timeout: Duration) -> Result<Self, Cause> {
-        let session = (*lock(&shared.session))
-            .ok_or(Cause::Unexpected { message: "a reconnection", expected: "a migration with a session" })?;
+    fn open(shared: &'a Shared, session: SessionId, timeout: Duration) -> Result<Self, Cause> {
         let connection = setup::connect(shared, Role::Reconnect, session, timeout, &shared.abandoned)?;
         connection.set_receive_timeout(Some(timeout))?;
         shared.contact.touch();
@@ -482,24 +480,52 @@ impl Drop for Again<'_> {
     }
 }
 
-/// Tells a destination over a new connection that the guest was taken back, for as long as `patience`. It finds out by
-/// itself, only later, if this fails.
+/// The session, once there is one.
+fn session(shared: &Shared) -> Result<SessionId, Cause> {
+    (*lock(&shared.session))
+        .ok_or(Cause::Unexpected { message: "a reconnection", expected: "a migration with a session" })
+}
+
+/// Tells a destination over a new connection that the guest was taken back, for as long as `patience`. If that fails, the
+/// guest's next migration tells it.
 pub(super) fn tell(shared: &Shared, patience: Duration, cause: Option<&Cause>) {
+    let Ok(session) = session(shared) else { return };
     let deadline = Instant::now() + patience;
     let mut pause = RETRY.0;
     while shared.uri.can_reconnect() && !shared.abandoned.load(Ordering::Acquire) {
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = lock(&shared.parameters).link_timeout.min(left);
-        let told = Again::open(shared, limit).and_then(|mut again| again.settle(cause));
+        let told = Again::open(shared, session, limit).and_then(|mut again| again.settle(cause));
         let lost = matches!(
             told,
             Err(Cause::Io { .. } | Cause::Closed { .. } | Cause::Silent { .. } | Cause::Wire { .. } | Cause::Uri(_))
         );
-        if !lost || deadline.saturating_duration_since(Instant::now()) <= pause {
+        if !lost {
             return;
+        }
+        if deadline.saturating_duration_since(Instant::now()) <= pause {
+            break;
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(RETRY.1);
+    }
+    shared.guest.note_untold(shared.id, session);
+}
+
+/// A destination may still hold what an earlier migration of this guest brought, because it could not be told that the guest
+/// was taken back: it would take no other. It is told now, if it is the one that this migration goes to.
+pub(super) fn tell_earlier(shared: &Shared) {
+    if !shared.uri.can_reconnect() {
+        return;
+    }
+    let limit = lock(&shared.parameters).link_timeout;
+    for untold in shared.guest.take_untold() {
+        let told = Again::open(shared, untold.session, limit)
+            .and_then(|mut again| again.sender.send(&Message::Abort(abort(shared, untold.epoch, None))));
+        // A destination that knows nothing of it is another one, or has been started anew.
+        if !matches!(told, Ok(()) | Err(Cause::Refused { .. })) {
+            shared.guest.keep_untold(untold);
+        }
     }
 }
 
@@ -531,7 +557,7 @@ fn ask_once(shared: &Shared) -> Result<(), Cause> {
     }
     let timeout = lock(&shared.parameters).link_timeout;
     shared.begin_switchover();
-    Again::open(shared, timeout)?.settle(None)
+    Again::open(shared, session(shared)?, timeout)?.settle(None)
 }
 
 /// Asks again, on a thread of its own, after all attempts so far were in vain.
