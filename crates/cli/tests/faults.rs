@@ -46,6 +46,9 @@ enum Fault {
     Cut,
     /// It does not.
     CutForGood,
+    /// The process stands still for a while (SIGSTOP), which may be longer than `link-timeout`.
+    FreezeSource,
+    FreezeDestination,
 }
 
 impl Fault {
@@ -57,6 +60,8 @@ impl Fault {
             Self::KillDestination => "kill the destination",
             Self::Cut => "cut",
             Self::CutForGood => "cut for good",
+            Self::FreezeSource => "freeze the source",
+            Self::FreezeDestination => "freeze the destination",
         }
     }
 }
@@ -123,7 +128,10 @@ fn allowed(fault: Fault, moment: Moment) -> &'static [Found] {
     use When::*;
     let Moment::Step(frame, when) = moment else {
         return match fault {
-            CancelAtSource | CancelAtDestination | Cut => &[SourceRuns, DestinationRuns],
+            // Whoever stood still for longer than link-timeout is asked again by the other, and answers.
+            CancelAtSource | CancelAtDestination | Cut | FreezeSource | FreezeDestination => {
+                &[SourceRuns, DestinationRuns]
+            }
             KillSource => &[DiedWithSource, DestinationUndecided, DestinationRuns],
             KillDestination => &[SourceRuns, SourceUndecided, DiedWithDestination],
             CutForGood => &[SourceRuns, BothUndecided, DestinationRunsSourceUndecided, DestinationRuns],
@@ -166,6 +174,7 @@ fn allowed(fault: Fault, moment: Moment) -> &'static [Found] {
         (CutForGood, Release, After) => &[DestinationRunsSourceUndecided, DestinationRuns],
         (CutForGood, Running, Before) => &[DestinationRunsSourceUndecided],
         (CutForGood, Running, After) | (CutForGood, Done, _) => &[DestinationRuns],
+        (FreezeSource | FreezeDestination, ..) => &[SourceRuns, DestinationRuns],
     }
 }
 
@@ -304,6 +313,8 @@ impl Trial {
             Fault::KillDestination => kill(&self.destination),
             Fault::Cut => cut(Some(down)),
             Fault::CutForGood => cut(None),
+            Fault::FreezeSource => freeze(&self.source, down),
+            Fault::FreezeDestination => freeze(&self.destination, down),
         }
     }
 
@@ -438,7 +449,10 @@ impl Trial {
         self.source.set(json!({"handover-timeout": if gone { 300 } else { 20_000 }, "link-timeout": 2000}));
         self.destination.set(json!({"handover-timeout": 300, "link-timeout": 2000}));
         let watch = Watch::start(&self.source, &self.destination);
-        let down = Duration::from_millis(20 + random.next() % 400);
+        let down = match fault {
+            Fault::FreezeSource | Fault::FreezeDestination => frozen_for(random),
+            _ => Duration::from_millis(20 + random.next() % 400),
+        };
         let action = self.action(fault, down);
         match moment {
             Moment::Random(time) => {
@@ -474,6 +488,26 @@ impl Trial {
             (ends, format!("{why}; errors: {errors:?}"))
         })
     }
+}
+
+/// Has a process stand still for `time`; a thread of its own lets it go on.
+fn freeze(machine: &Machine, time: Duration) -> Action {
+    let freezer = machine.killer();
+    Box::new(move |_| {
+        freezer.freeze();
+        let freezer = freezer.clone();
+        thread::spawn(move || {
+            thread::sleep(time);
+            freezer.thaw();
+        });
+        Fate::Forward
+    })
+}
+
+/// Mostly shorter than `link-timeout`, which is 2 s here; up to half a minute where a thorough run is asked for.
+fn frozen_for(random: &mut Random) -> Duration {
+    let longest = if number("DUNLIN_TEST_RUNS").is_some_and(|runs| runs >= 25) { 30.0 } else { 3.0 };
+    Duration::from_secs_f64(0.1 + random.fraction().powi(2) * longest)
 }
 
 /// How long a migration takes that nothing disturbs.
@@ -580,6 +614,77 @@ fn cut_with_the_link_back() {
 #[test]
 fn cut_for_good() {
     table(Fault::CutForGood);
+}
+
+#[test]
+fn freeze_the_source() {
+    table(Fault::FreezeSource);
+}
+
+#[test]
+fn freeze_the_destination() {
+    table(Fault::FreezeDestination);
+}
+
+#[test]
+fn kvm_freeze_the_destination() {
+    kvm_table(Fault::FreezeDestination);
+}
+
+/// The destination stands still anywhere between Ready and its first instruction, somebody takes the guest back at the source
+/// meanwhile, and it goes on: what it has heard is too old by then. Where it had begun to run the guest before, it hears of
+/// the decision, stops, and keeps it.
+#[test]
+fn frozen_while_the_guest_is_taken_back() {
+    let _turn = turn();
+    let mut random = Random::new("frozen");
+    let (mut kept, mut never) = (0, 0);
+    let runs = number("DUNLIN_TEST_RUNS").unwrap_or(10);
+    for run in 0..runs {
+        let trial = Trial::start(Kind::Synthetic);
+        // The destination is asked once more after the decision, for the first of these times.
+        trial.source.set(json!({"handover-timeout": 1500, "link-timeout": 600}));
+        trial.destination.set(json!({"handover-timeout": 300, "link-timeout": 600}));
+        let watch = Watch::start(&trial.source, &trial.destination);
+        let freezer = trial.destination.killer();
+        let after = Duration::from_micros(random.next() % 300);
+        let wait = run % 2 == 1;
+        trial.proxy.at(
+            Frame::Release,
+            if wait { When::After } else { When::Before },
+            Box::new(move |_| {
+                if wait {
+                    thread::sleep(after);
+                }
+                freezer.freeze();
+                Fate::Forward
+            }),
+        );
+        trial.source.migrate(&trial.proxy.uri());
+        // Either it ran before it froze, and the source knows, or nobody does.
+        if trial.source.ended().status == Status::Completed {
+            trial.destination.killer().thaw();
+            trial.destination.completed();
+            continue;
+        }
+        let taken = until("it may be taken back", PATIENCE, || {
+            trial.source.try_execute("cont", json!({"x-take-back": true})).ok()
+        });
+        drop(taken);
+        assert!(trial.source.is_running());
+        trial.destination.killer().thaw();
+        thread::sleep(Duration::from_millis(1500));
+        let end = End::of(&trial.destination).unwrap();
+        assert!(!end.running && trial.source.is_running(), "run {run}: {}", shown(Some(&end)));
+        let conflict = end.report.error.as_ref().is_some_and(|error| error.message.contains("conflict"));
+        let (looks, doubles) = watch.finish();
+        assert!(conflict || doubles == 0, "run {run}: two guests ran in {doubles} of {looks} looks");
+        // Only where Release had arrived before it froze can it have begun.
+        assert!(wait || !conflict, "run {run}: it began on a Release that was too old");
+        *(if conflict { &mut kept } else { &mut never }) += 1;
+        trial.verify(&trial.source).unwrap();
+    }
+    println!("{runs} times: {never} times it never ran, {kept} times it had run, stopped, and kept its guest");
 }
 
 #[test]

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use dunlin::{GuestPlace, Report, Status};
 use dunlin_monitor::{Client, ClientError, uri_of_socket_address};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 /// The command under test.
@@ -87,6 +88,21 @@ pub fn until<T>(what: &str, timeout: Duration, mut look: impl FnMut() -> Option<
 pub struct Killer(Arc<Mutex<Child>>);
 
 impl Killer {
+    /// SIGSTOP: it stands still until [`thaw`](Self::thaw).
+    pub fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.0.lock().unwrap());
+        kill_process(pid, signal).unwrap();
+    }
+
     /// SIGKILL, and waits for it.
     pub fn kill(&self) {
         let mut child = self.0.lock().unwrap();
