@@ -88,9 +88,18 @@ pub fn until<T>(what: &str, timeout: Duration, mut look: impl FnMut() -> Option<
 pub struct Killer(Arc<Mutex<Child>>);
 
 impl Killer {
-    /// SIGSTOP: it stands still until [`thaw`](Self::thaw).
+    /// SIGSTOP: when this returns it stands still, all threads of it, until [`thaw`](Self::thaw).
     pub fn freeze(&self) {
         self.signal(Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.0.lock().unwrap().id());
+        // The signal is sent before the last thread has stopped.
+        let stands = |task: &Path| {
+            let stat = fs::read_to_string(task.join("stat")).unwrap_or_default();
+            stat.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('T') || rest.is_empty())
+        };
+        until("it stands still", PATIENCE, || {
+            fs::read_dir(&tasks).unwrap().all(|task| stands(&task.unwrap().path())).then_some(())
+        });
     }
 
     /// SIGCONT.
