@@ -37,6 +37,8 @@ pub(super) struct Worker {
     pub(super) encoder: Encoder,
     pub(super) link: Link,
     pub(super) frame: Frame,
+    /// The bandwidth limit when the frame in the making was begun.
+    pub(super) frame_rate: u64,
     /// Of the range at hand, what is not a hole.
     pub(super) parts: Vec<Range<u64>>,
 }
@@ -128,18 +130,26 @@ impl Worker {
         self.common.pacer.frame_bytes().min(self.link.bytes_within(TIME, UNKNOWN).max(PAGE_SIZE))
     }
 
+    /// Notes under which limit a frame is begun, if one is.
+    fn note_rate(&mut self) {
+        if self.frame.is_empty() {
+            self.frame_rate = self.common.pacer.rate();
+        }
+    }
+
     /// Puts pages into frames.
     fn run(&mut self, index: u16, block: &RamBlock, bytes: Range<u64>) -> Result<(), Cause> {
-        // A slow stream is evener in small pieces.
-        let frame_bytes = self.frame_bytes();
-        let most = (frame_bytes / PAGE_SIZE * PAGE_SIZE).clamp(PAGE_SIZE, MAX_UNIT_BYTES as u64);
         // A whole chunk has a frame to itself, so that it can travel as one run.
-        if bytes.end.saturating_sub(bytes.start) >= CHUNK_SIZE.min(frame_bytes) {
+        if bytes.end.saturating_sub(bytes.start) >= CHUNK_SIZE.min(self.frame_bytes()) {
             self.flush()?;
         }
         let mut at = bytes.start;
         while at < bytes.end {
+            // A slow stream is evener in small pieces. The limit may change within a chunk.
+            let frame_bytes = self.frame_bytes();
+            let most = (frame_bytes / PAGE_SIZE * PAGE_SIZE).clamp(PAGE_SIZE, MAX_UNIT_BYTES as u64);
             let end = at.saturating_add(most).min(bytes.end);
+            self.note_rate();
             self.frame.add((index, block), at..end, &mut self.encoder, &self.link, &self.counters)?;
             self.flush_if_full()?;
             at = end;
@@ -149,6 +159,7 @@ impl Worker {
 
     /// A run of zeros that nobody has to look at.
     fn hole(&mut self, block: u16, bytes: Range<u64>) -> Result<(), Cause> {
+        self.note_rate();
         self.frame.add_hole(block, bytes, &self.counters);
         self.flush_if_full()
     }
@@ -164,7 +175,7 @@ impl Worker {
         }
         let bytes = self.frame.wire_bytes();
         let began = Instant::now();
-        self.common.pacer.pay(bytes, &self.common.stop);
+        self.common.pacer.pay_for(bytes, self.frame_rate, &self.common.stop);
         self.frame.send(&self.common.ram, &mut lock(&self.sender))?;
         self.link.sent(bytes, began.elapsed());
         self.lap();

@@ -73,6 +73,7 @@ impl Workers {
                     (parameters.xbzrle == Switch::On).then(|| Versions::new(cache_bytes)),
                     parameters.zero_copy_send,
                 ),
+                frame_rate: 0,
                 parts: Vec::new(),
             };
             workers.connections.push(lock(&channel.sender).connection().clone());
