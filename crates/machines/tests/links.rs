@@ -5,6 +5,8 @@ mod common;
 
 use std::time::{Duration, Instant};
 
+use common::line::{Flow, Line, Which};
+use common::proxy::Way;
 use common::{MIB, empty, parameters, source, until};
 use dunlin::Status;
 
@@ -35,4 +37,25 @@ fn a_changed_limit_holds_at_once() {
     assert!(raised.elapsed() < Duration::from_secs(10), "{:?}", raised.elapsed());
     destination.wait();
     to.assert_good("after limits that changed");
+}
+
+/// A destination that acknowledges one channel's marks again and again has not acknowledged the other's.
+#[test]
+fn a_repeated_acknowledgement_ends_no_round() {
+    let (from, to) = (source(4 * MIB, 1, "idle", 3), empty(4 * MIB, 1));
+    let destination = to.listen("tcp:127.0.0.1:0", &parameters(&[]));
+    let line = Line::repeating_acks(destination.local_uri(), 0);
+    // What goes on channel 1 fits the sockets on the way, so that its worker has done its part.
+    line.set(Which::Data(1), Way::ToDestination, Flow::Held);
+    let migration = from.migrate(&line.uri, &parameters(&[("multifd-channels", "2")]));
+    let arrived = || destination.report().channels.iter().map(|channel| channel.pages.total()).collect::<Vec<_>>();
+    until("all of channel 0 has come", || arrived().first().is_some_and(|pages| *pages >= 512));
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(migration.report().rounds_ended(), 0, "nothing has come on channel 1");
+    line.set(Which::Data(1), Way::ToDestination, Flow::Free);
+    let report = migration.wait();
+    assert_eq!(report.status, Status::Completed, "{:?}", report.error);
+    assert!(report.rounds[0].seconds >= 0.5, "{:?}", report.rounds[0]);
+    destination.wait();
+    to.assert_good("after repeated acknowledgements");
 }

@@ -102,7 +102,7 @@ impl Migration<'_> {
         let target = verdict.bandwidth as f64 / part.max(0.001) * f64::from(settings.threshold) / 100.0;
         let before = now.clone();
         for _ in 0..throttling::windows(&round, part, settings.threshold, &now) {
-            let sample = self.measure(vcpus, number)?;
+            let sample = self.measure(vcpus)?;
             let next = throttling::adjust(&now, &before, &sample, target, &settings);
             let raised = next.iter().zip(&now).any(|(next, now)| next > now);
             self.set_throttle(&next);
@@ -116,13 +116,13 @@ impl Migration<'_> {
     }
 
     /// What becomes dirty in a moment, with the throttle as it is.
-    fn measure(&mut self, vcpus: &dyn Vcpus, number: u32) -> Result<Sample, Cause> {
+    fn measure(&mut self, vcpus: &dyn Vcpus) -> Result<Sample, Cause> {
         // Both take their time where there is much RAM: on the average a page is exposed from the middle of the one to that
         // of the other.
         let began = Instant::now();
         self.common.dirty.begin_window()?;
         let (began, before) = (began + began.elapsed() / 2, vcpus.dirtied());
-        self.idle(WINDOW, number)?;
+        self.idle(WINDOW)?;
         let looked = Instant::now();
         let bytes = self.common.dirty.end_window()?;
         let (took, after) = ((looked + looked.elapsed() / 2).saturating_duration_since(began), vcpus.dirtied());

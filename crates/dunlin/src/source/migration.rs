@@ -9,6 +9,7 @@ use super::auto_converge::AutoConverge;
 use super::contention::Contention;
 use super::convergence::{self, Costs, Decision, RoundFigures, Verdict};
 use super::dirty::DirtyRam;
+use super::marks::Marks;
 use super::setup::{self, Control};
 use super::worker::Common;
 use super::workers::Workers;
@@ -42,8 +43,7 @@ pub(super) struct Migration<'a> {
     pub(super) auto_converge: AutoConverge,
     last_sync: Duration,
     contention: Contention,
-    /// Channels on which the destination has everything of the present round.
-    acknowledged: usize,
+    marks: Marks,
     /// The figures at the end of the round before.
     moved_before: u64,
     pages_before: PageCounts,
@@ -92,6 +92,7 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
         Ok(started) => started,
         Err(cause) => return switchover::fail(shared, Some(&control), cause),
     };
+    let marks = Marks::new(channels.len());
     drop(channels);
     let mut migration = Migration {
         shared,
@@ -103,7 +104,7 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
         auto_converge: AutoConverge::new(shared.throttling),
         last_sync: Duration::ZERO,
         contention: Contention::new(),
-        acknowledged: 0,
+        marks,
         moved_before: shared.transferred_bytes(),
         pages_before: PageCounts::default(),
     };
@@ -129,7 +130,7 @@ impl Migration<'_> {
             self.shared.guest.tell(GuestEvent::Pass { number });
             self.shared.set_phase(Phase::Precopy, Status::Active);
             let marked = self.send_round(number)?;
-            self.await_placed(number)?;
+            self.await_placed()?;
             // Nothing was queued behind the last mark, so its answer took a round trip and what was queued before.
             self.shared.answered_within(marked.elapsed());
             // Under a limit the last frame's time is not over when it has arrived. A stopped guest must not wait for it.
@@ -141,7 +142,7 @@ impl Migration<'_> {
                 Decision::AnotherRound => {
                     self.throttle(number, &verdict)?;
                     if verdict.fixed_too_long {
-                        self.idle(NOTHING_TO_GAIN, number)?;
+                        self.idle(NOTHING_TO_GAIN)?;
                     }
                 }
             }
@@ -150,11 +151,11 @@ impl Migration<'_> {
     }
 
     /// Lets time pass.
-    pub(super) fn idle(&mut self, duration: Duration, number: u32) -> Result<(), Cause> {
+    pub(super) fn idle(&mut self, duration: Duration) -> Result<(), Cause> {
         let until = Instant::now() + duration;
         while let Ok(event) = self.incoming.recv_timeout(until.saturating_duration_since(Instant::now())) {
             match self.shared.sorted(event, &self.control)? {
-                Event::Message(message, _place) => self.during_round(message, number)?,
+                Event::Message(message, _place) => self.during_round(message)?,
                 Event::Worker(_) | Event::Lost(_) | Event::Cancel | Event::Continue => {}
             }
         }
@@ -163,6 +164,7 @@ impl Migration<'_> {
 
     /// Sends everything that is dirty; gives when the last of it was sent.
     pub(super) fn send_round(&mut self, number: u32) -> Result<Instant, Cause> {
+        self.marks.begin(number);
         self.workers.begin(number)?;
         let mut busy = self.workers.count();
         let mut failed = None;
@@ -178,7 +180,7 @@ impl Migration<'_> {
                     failed = Some(cause);
                     break;
                 }
-                Event::Message(message, _place) => self.during_round(message, number)?,
+                Event::Message(message, _place) => self.during_round(message)?,
                 Event::Lost(_) | Event::Cancel | Event::Continue => {}
             }
         }
@@ -188,13 +190,10 @@ impl Migration<'_> {
         }
     }
 
-    /// Counts the acknowledgements of a round that come before all workers are done.
-    fn during_round(&mut self, message: Message, number: u32) -> Result<(), Cause> {
+    /// What the destination says while a round is under way.
+    fn during_round(&mut self, message: Message) -> Result<(), Cause> {
         match message {
-            Message::MarkAck(ack) if ack.round == number => {
-                self.acknowledged += 1;
-                Ok(())
-            }
+            Message::MarkAck(ack) => self.marks.acknowledge(ack),
             Message::Abort(abort) => Err(setup::aborted(&abort)),
             other => Err(Cause::Unexpected { message: other.name(), expected: "MarkAck" }),
         }
@@ -202,12 +201,11 @@ impl Migration<'_> {
 
     /// Waits until the destination has put everything of the round in its place: so that the time measured is the
     /// whole way's, and nothing is queued when the guest is stopped.
-    fn await_placed(&mut self, number: u32) -> Result<(), Cause> {
-        while self.acknowledged < self.workers.count() {
+    fn await_placed(&mut self) -> Result<(), Cause> {
+        while !self.marks.are_all_acknowledged() {
             let message = self.shared.next_message(self.incoming, &self.control)?;
-            self.during_round(message, number)?;
+            self.during_round(message)?;
         }
-        self.acknowledged = 0;
         Ok(())
     }
 

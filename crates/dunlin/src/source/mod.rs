@@ -9,6 +9,7 @@ mod contention;
 mod convergence;
 mod dirty;
 mod frame;
+mod marks;
 mod migration;
 mod pacing;
 mod setup;

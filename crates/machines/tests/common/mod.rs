@@ -3,6 +3,7 @@
 
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;
+pub mod line;
 pub mod proxy;
 pub mod second;
 
