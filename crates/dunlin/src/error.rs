@@ -193,6 +193,16 @@ pub enum Cause {
         /// How long.
         after: Duration,
     },
+    /// A connection of the migration is dead, while others may be alive.
+    #[error("{channel} is dead: {missed} for {after:?}")]
+    Dead {
+        /// Which connection.
+        channel: String,
+        /// What did not come.
+        missed: &'static str,
+        /// How long.
+        after: Duration,
+    },
     /// Bytes that are not what the wire format says.
     #[error("{channel}: {source}")]
     Wire {

@@ -5,8 +5,7 @@
 
 use std::io::IoSlice;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -21,6 +20,10 @@ use crate::wire::{
     Role, SessionId, WireError, data_checksum, decode_runs, table_checksum,
 };
 
+mod watch;
+
+pub(crate) use watch::{Part, Watch, Watched};
+
 /// Figures of one channel, readable while it works.
 #[derive(Debug, Default)]
 pub(crate) struct ChannelCounters {
@@ -33,6 +36,8 @@ pub(crate) struct ChannelCounters {
     busy: AtomicU64,
     /// and that it stood still.
     waiting: AtomicU64,
+    /// What the link carries a second, as 1 more than that, while the channel always has bytes under way; else 0.
+    link_speed: AtomicU64,
 }
 
 impl ChannelCounters {
@@ -47,6 +52,12 @@ impl ChannelCounters {
         }
     }
 
+    /// The link carries so many bytes a second; nothing where it has room.
+    pub(crate) fn set_link_speed(&self, bytes_per_second: Option<u64>) {
+        let speed = bytes_per_second.map_or(0, |speed| speed.saturating_add(1));
+        self.link_speed.store(speed, Ordering::Relaxed);
+    }
+
     pub(crate) fn report(&self, index: u8) -> ChannelReport {
         ChannelReport {
             index,
@@ -55,6 +66,7 @@ impl ChannelCounters {
             pages: self.pages(),
             busy_seconds: self.busy.load(Ordering::Relaxed) as f64 / 1e9,
             waiting_seconds: self.waiting.load(Ordering::Relaxed) as f64 / 1e9,
+            link_bytes_per_second: self.link_speed.load(Ordering::Relaxed).checked_sub(1),
         }
     }
 }
@@ -380,28 +392,6 @@ pub(crate) fn answer_hello(connection: &Connection, reply: &HelloReply) -> Resul
 /// What a hello takes on the way to the destination, for the counters.
 pub(crate) const COUNTED_HELLO_BYTES: u64 = HELLO_BYTES as u64;
 
-/// When the peer was last heard of.
-#[derive(Debug)]
-pub(crate) struct LastHeard {
-    began: Instant,
-    nanoseconds: AtomicU64,
-}
-
-impl LastHeard {
-    pub(crate) fn now() -> Self {
-        Self { began: Instant::now(), nanoseconds: AtomicU64::new(0) }
-    }
-
-    pub(crate) fn touch(&self) {
-        let since = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.nanoseconds.store(since, Ordering::Relaxed);
-    }
-
-    pub(crate) fn silence(&self) -> Duration {
-        self.began.elapsed().saturating_sub(Duration::from_nanos(self.nanoseconds.load(Ordering::Relaxed)))
-    }
-}
-
 /// How many messages of a connection may be queued: its reader waits when a peer sends faster than it is listened to,
 /// and so does the peer then. Without it, a peer could fill this process's memory.
 const MAX_QUEUED: usize = 16;
@@ -424,14 +414,11 @@ struct Taken {
 pub(crate) struct Place(Arc<Places>);
 
 impl Places {
-    /// Waits for a place; `None` once [`close`](Self::close) was called. Meanwhile the peer counts as heard: it is
-    /// this side that is behind.
-    pub(crate) fn take(self: &Arc<Self>, heard: &LastHeard) -> Option<Place> {
-        const LOOK: Duration = Duration::from_millis(100);
+    /// Waits for a place; `None` once [`close`](Self::close) was called.
+    pub(crate) fn take(self: &Arc<Self>) -> Option<Place> {
         let mut taken = lock(&self.taken);
         while taken.count >= MAX_QUEUED && !taken.closed {
-            heard.touch();
-            taken = self.changed.wait_timeout(taken, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+            taken = self.changed.wait(taken).unwrap_or_else(PoisonError::into_inner);
         }
         if taken.closed {
             return None;
@@ -451,53 +438,6 @@ impl Drop for Place {
     fn drop(&mut self) {
         lock(&self.0.taken).count -= 1;
         self.0.changed.notify_all();
-    }
-}
-
-/// Keeps a link alive and notices when it is dead: sends heartbeats, and shuts the connection down when the peer has
-/// been silent for too long. Ends, and its thread with it, when dropped.
-#[derive(Debug)]
-pub(crate) struct Pulse {
-    stop: Option<mpsc::Sender<()>>,
-    silent: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Pulse {
-    pub(crate) fn start(sender: SharedSender, heard: Arc<LastHeard>, timeout: Duration) -> Result<Self, Cause> {
-        let (stop, stopped) = mpsc::channel();
-        let silent = Arc::new(AtomicBool::new(false));
-        let flag = silent.clone();
-        let connection = lock(&sender).connection().clone();
-        let interval = (timeout / 5).min(Duration::from_secs(1));
-        let thread = spawn("pulse", move || {
-            while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(interval) {
-                if heard.silence() > timeout {
-                    flag.store(true, Ordering::Release);
-                    connection.shutdown();
-                    return;
-                }
-                // A sender that is busy shows life by itself; a failure shows on the receiving side.
-                if let Ok(mut sender) = sender.try_lock() {
-                    let _ = sender.send(&Message::Heartbeat);
-                }
-            }
-        })?;
-        Ok(Self { stop: Some(stop), silent, thread: Some(thread) })
-    }
-
-    /// Whether the link was given up because nothing was heard.
-    pub(crate) fn found_silence(&self) -> bool {
-        self.silent.load(Ordering::Acquire)
-    }
-}
-
-impl Drop for Pulse {
-    fn drop(&mut self) {
-        self.stop.take();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
     }
 }
 
@@ -565,19 +505,20 @@ impl Drop for CpuMeter {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
     use super::*;
 
     /// A reader that is ahead waits, goes on when a message was acted on, and ends when nobody listens any more.
     #[test]
     fn places_are_few() {
         let places = Arc::new(Places::default());
-        let heard = Arc::new(LastHeard::now());
         let (queue, queued) = mpsc::channel();
         let reader = std::thread::spawn({
             let places = places.clone();
             move || {
                 let mut read = 0;
-                while let Some(place) = places.take(&heard) {
+                while let Some(place) = places.take() {
                     read += 1;
                     queue.send(place).unwrap();
                 }

@@ -371,7 +371,7 @@ parameters! {
     handover_timeout: Duration = "handover-timeout", Unit::Milliseconds, 30_000, 0..=86_400_000, Both, Live,
         "How long to reconnect after the link was lost with the guest released and not yet heard of.";
     link_timeout: Duration = "link-timeout", Unit::Milliseconds, 10_000, 500..=3_600_000, Both, AtStart,
-        "A link on which nothing is heard for this long is taken for lost.";
+        "A connection on which nothing arrives for this long is dead; for one second, while a migration keeps the guest stopped.";
     events: Switch = "events", Unit::Switch, 0, 0..=1, Both, Live,
         "Whether QMP's clients are sent MIGRATION and MIGRATION_PASS events.";
     return_path: Switch = "return-path", Unit::Switch, 1, 0..=1, Both, AtStart,

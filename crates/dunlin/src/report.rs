@@ -379,6 +379,10 @@ pub struct ChannelReport {
     /// a processor.
     #[serde(default)]
     pub waiting_seconds: f64,
+    /// At the source: bytes a second that the link carries, while the channel always waits for the link. Nothing while the
+    /// link has room, or where that is not known.
+    #[serde(default)]
+    pub link_bytes_per_second: Option<u64>,
 }
 
 /// CPU time of the engine's threads.

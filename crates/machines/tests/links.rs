@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use common::line::{Flow, Line, Which};
 use common::proxy::Way;
-use common::{MIB, empty, parameters, source, until};
-use dunlin::Status;
+use common::{MIB, Side, empty, parameters, source, until};
+use dunlin::{GuestPlace, Report, Source, Status};
 
 /// A limit that is raised under way holds for the very next frame, and not when the time of what was paid for at the
 /// old rate is over. One that is lowered holds as soon, and does not silence the link for what was sent before.
@@ -58,4 +58,147 @@ fn a_repeated_acknowledgement_ends_no_round() {
     assert!(report.rounds[0].seconds >= 0.5, "{:?}", report.rounds[0]);
     destination.wait();
     to.assert_good("after repeated acknowledgements");
+}
+
+/// Waits for a migration to fail, for no longer than `within`; what is said must name `channel`, and the guest runs on.
+fn fails(from: &Side, migration: &Source, channel: &str, within: Duration, what: &str) -> Report {
+    let began = Instant::now();
+    until(&format!("{what}: it fails"), || migration.report().status.is_final());
+    let (report, took) = (migration.report(), began.elapsed());
+    let message = report.error.as_ref().map_or("", |error| error.message.as_str());
+    println!("{what}: after {took:.2?}: {message}");
+    assert_eq!((report.status, report.guest), (Status::Failed, GuestPlace::RunningAtSource), "{what}: {message}");
+    assert!(message.contains(channel), "{what}: {channel} is not named: {message}");
+    assert!(took < within, "{what}: {took:?}");
+    assert!(from.guest.is_running(), "{what}");
+    report
+}
+
+const BUSY: &str = "pattern=uniform,content=random,rate=20M/s,working-set=2M";
+/// What a second may become on a machine that is busy with other things.
+const SOON: Duration = Duration::from_secs(4);
+
+/// A data channel through which nothing comes any more, either way or both, while all others live.
+#[test]
+fn a_dead_channel_is_found_while_the_guest_runs() {
+    let ways = [&[Way::ToDestination][..], &[Way::ToSource], &[Way::ToDestination, Way::ToSource]];
+    for ways in ways {
+        let what = format!("swallowed {ways:?}");
+        let (from, to) = (source(64 * MIB, 1, BUSY, 3), empty(64 * MIB, 1));
+        let set = parameters(&[("link-timeout", "1s"), ("max-bandwidth", "10M/s")]);
+        let destination = to.listen("tcp:127.0.0.1:0", &set);
+        let line = Line::start(destination.local_uri());
+        let migration = from.migrate(&line.uri, &set);
+        until("it flows", || destination.report().channels.iter().filter(|c| c.pages.total() > 0).count() == 2);
+        ways.iter().for_each(|way| line.set(Which::Data(1), *way, Flow::Swallowed));
+        let report = fails(&from, &migration, "data channel 1", SOON, &what);
+        assert_eq!(report.downtime_seconds, 0.0, "{what}");
+        until("the destination knows", || destination.report().status.is_final());
+        let message = destination.report().error.unwrap().message;
+        assert!(message.contains("data channel 1"), "{what}: {message}");
+    }
+}
+
+/// The same while the last pages travel, with everything at its defaults: the guest stands still for a second or so.
+#[test]
+fn a_dead_channel_is_found_while_the_guest_is_stopped() {
+    for which in [Which::Data(1), Which::Control] {
+        let what = format!("{which:?} swallowed in the last round");
+        let (from, to) = (source(4 * MIB, 1, BUSY, 3), empty(4 * MIB, 1));
+        let destination = to.listen("tcp:127.0.0.1:0", &parameters(&[]));
+        let line = Line::start(destination.local_uri());
+        // The last round has 2 MiB to send, which takes four seconds.
+        let slow = parameters(&[("max-bandwidth", "500K/s"), ("downtime-limit", "20s")]);
+        let migration = from.migrate(&line.uri, &slow);
+        until("the guest is stopped", || migration.report().status == Status::Device);
+        line.set_both(which, Flow::Swallowed);
+        let name = if which == Which::Control { "the control connection" } else { "data channel 1" };
+        let report = fails(&from, &migration, name, SOON, &what);
+        assert!(report.downtime_seconds < 5.0, "{}", report.downtime_seconds);
+        from.assert_good(&what);
+    }
+}
+
+/// Connections that a firewall forgets while the migration waits to be continued. It is noticed while it waits; and by
+/// who has it go on before that.
+#[test]
+fn forgotten_in_pre_switchover() {
+    for (which, waits) in
+        [(Which::Data(1), true), (Which::Data(0), false), (Which::Control, true), (Which::Control, false)]
+    {
+        let what = format!("{which:?} forgotten, {}", if waits { "waiting" } else { "continued" });
+        let (from, to) = (source(4 * MIB, 1, BUSY, 3), empty(4 * MIB, 1));
+        let destination = to.listen("tcp:127.0.0.1:0", &parameters(&[]));
+        let line = Line::start(destination.local_uri());
+        let migration = from.migrate(&line.uri, &parameters(&[("pause-before-switchover", "on")]));
+        until("it waits", || migration.report().status == Status::PreSwitchover);
+        // Idle for longer than any limit: its heartbeats keep it.
+        std::thread::sleep(Duration::from_millis(2500));
+        assert_eq!(migration.report().status, Status::PreSwitchover);
+        line.set_both(which, Flow::Swallowed);
+        if !waits {
+            migration.resume_switchover(Status::PreSwitchover).unwrap();
+        }
+        let name = match which {
+            Which::Data(index) => format!("data channel {index}"),
+            _ => "the control connection".to_owned(),
+        };
+        let report = fails(&from, &migration, &name, SOON, &what);
+        // Nothing of the last round was sent.
+        assert_eq!(report.device_state_bytes, 0, "{what}");
+        from.assert_good(&what);
+    }
+}
+
+/// Many channels that have nothing to do while one is at work are kept alive; and where they are forgotten all the same,
+/// that is noticed before the guest is stopped.
+#[test]
+fn forgotten_beside_a_busy_channel() {
+    let (from, to) = (source(16 * MIB, 1, "idle", 3), empty(16 * MIB, 1));
+    let set = parameters(&[("link-timeout", "1s"), ("multifd-channels", "64"), ("max-bandwidth", "2M/s")]);
+    let destination = to.listen("tcp:127.0.0.1:0", &set);
+    let line = Line::start(destination.local_uri());
+    let migration = from.migrate(&line.uri, &set);
+    // 8 chunks of 2 MiB: of 64 channels, 56 have nothing to send.
+    until("it flows", || migration.report().ram.pages.total() > 256);
+    std::thread::sleep(Duration::from_millis(2500));
+    assert_eq!(migration.report().status, Status::Active, "{:?}", migration.report().error);
+    line.set_both(Which::Data(63), Flow::Swallowed);
+    let report = fails(&from, &migration, "data channel 63", SOON, "an idle channel of 64");
+    assert_eq!(report.downtime_seconds, 0.0);
+}
+
+/// A channel at 10 KB/s is slow and not dead: it is said how slow, and the migration goes on for longer than the limit of
+/// silence. The same channel dead is dead.
+#[test]
+fn slow_is_not_dead() {
+    let (from, to) = (source(16 * MIB, 1, "idle", 3), empty(16 * MIB, 1));
+    let set = parameters(&[("link-timeout", "1s")]);
+    for then in [Flow::Swallowed, Flow::Free] {
+        let destination = to.listen("tcp:127.0.0.1:0", &set);
+        let line = Line::start(destination.local_uri());
+        line.set(Which::Data(0), Way::ToDestination, Flow::Slow(10_000));
+        let migration = from.migrate(&line.uri, &set);
+        let slow = || migration.report().summary.contains("data channel 0 is slow");
+        until("it is said that the channel is slow", slow);
+        for _ in 0..40 {
+            std::thread::sleep(Duration::from_millis(100));
+            let report = migration.report();
+            assert_eq!(report.status, Status::Active, "{:?}", report.error);
+        }
+        let report = migration.report();
+        let speed = report.channels[0].link_bytes_per_second.unwrap();
+        println!("{}", report.summary);
+        assert!((5_000..20_000).contains(&speed), "{speed} bytes a second");
+        line.set(Which::Data(0), Way::ToDestination, then);
+        if then == Flow::Swallowed {
+            fails(&from, &migration, "data channel 0", SOON, "slow, then dead");
+            continue;
+        }
+        let report = migration.wait();
+        assert_eq!(report.status, Status::Completed, "{:?}", report.error);
+        destination.wait();
+        to.assert_good("after a slow channel");
+        return;
+    }
 }

@@ -8,8 +8,10 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::Child;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
@@ -54,15 +56,44 @@ pub(crate) struct Connection {
     name: String,
     /// The command behind an `exec` connection.
     child: Mutex<Option<Child>>,
+    traffic: Traffic,
+}
+
+/// What has gone through a connection, the hello and its answer included.
+#[derive(Debug, Default)]
+struct Traffic {
+    /// Bytes that the kernel has taken,
+    sent: AtomicU64,
+    /// those of the call under way that it may not have taken yet,
+    offered: AtomicU64,
+    /// and those that came from the peer.
+    received: AtomicU64,
+}
+
+impl Traffic {
+    /// Counts what `call` sends of `length` bytes.
+    fn sending<E>(&self, length: usize, call: impl FnOnce() -> Result<usize, E>) -> Result<usize, E> {
+        self.offered.store(length as u64, Ordering::Relaxed);
+        let result = call();
+        if let Ok(sent) = &result {
+            self.sent.fetch_add(*sent as u64, Ordering::Relaxed);
+        }
+        self.offered.store(0, Ordering::Relaxed);
+        result
+    }
+
+    fn receive(&self, length: usize) {
+        self.received.fetch_add(length as u64, Ordering::Relaxed);
+    }
 }
 
 impl Connection {
     pub(super) fn new(socket: OwnedFd, name: String) -> Self {
-        Self { socket, name, child: Mutex::new(None) }
+        Self { socket, name, child: Mutex::new(None), traffic: Traffic::default() }
     }
 
     pub(super) fn with_child(socket: OwnedFd, name: String, child: Child) -> Self {
-        Self { socket, name, child: Mutex::new(Some(child)) }
+        Self { socket, name, child: Mutex::new(Some(child)), traffic: Traffic::default() }
     }
 
     /// What errors call it.
@@ -79,7 +110,39 @@ impl Connection {
         self.socket.as_fd()
     }
 
+    /// Bytes that the kernel has taken to send.
+    pub(crate) fn sent(&self) -> u64 {
+        self.traffic.sent.load(Ordering::Relaxed)
+    }
+
+    /// Bytes beyond those that it is being given at this moment.
+    pub(crate) fn offered(&self) -> u64 {
+        self.traffic.offered.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that were received and taken.
+    pub(crate) fn received(&self) -> u64 {
+        self.traffic.received.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that were received and that nobody has taken.
+    pub(crate) fn unread(&self) -> u64 {
+        rustix::io::ioctl_fionread(&self.socket).unwrap_or(0)
+    }
+
+    /// Whether a short message can be sent without waiting.
+    pub(crate) fn is_writable(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::OUT)];
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::event::poll(&mut fds, Some(&at_once)).is_ok_and(|ready| ready > 0)
+    }
+
     fn error(&self, doing: &'static str, source: io::Error) -> Cause {
+        // Of a socket that waits, this is the limit of the wait.
+        let source = match source.kind() {
+            io::ErrorKind::WouldBlock => io::Error::new(io::ErrorKind::TimedOut, "no answer in time"),
+            _ => source,
+        };
         Cause::Io { doing, target: self.name.clone(), source }
     }
 
@@ -90,7 +153,9 @@ impl Connection {
         while !rest.is_empty() {
             let now = rest.get(..rest.len().min(MAX_PIECES)).unwrap_or_default();
             let mut control = SendAncillaryBuffer::default();
-            match rustix::net::sendmsg(&self.socket, now, &mut control, SendFlags::NOSIGNAL) {
+            let length = now.iter().map(|piece| piece.len()).sum();
+            let send = || rustix::net::sendmsg(&self.socket, now, &mut control, SendFlags::NOSIGNAL);
+            match self.traffic.sending(length, send) {
                 Ok(sent) => IoSlice::advance_slices(&mut rest, sent),
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(self.error("send to", e.into())),
@@ -120,16 +185,18 @@ impl Connection {
             let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
             message.msg_iov = rest.as_mut_ptr();
             message.msg_iovlen = count;
-            // SAFETY: every piece lies in guest RAM by `GuestSlice`'s own check, or in a buffer that `origins` borrows for
-            // as long as this runs, or is the rest of such a piece. The kernel only reads them, and does not mind that
-            // the guest writes meanwhile.
-            let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &message, flags) };
-            match usize::try_from(sent) {
+            let length = rest.iter().take(count).map(|piece| piece.iov_len).sum();
+            let send = || {
+                // SAFETY: every piece lies in guest RAM by `GuestSlice`'s own check, or in a buffer that `origins` borrows
+                // for as long as this runs, or is the rest of such a piece. The kernel only reads them, and does not mind
+                // that the guest writes meanwhile.
+                let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &message, flags) };
+                usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+            };
+            match self.traffic.sending(length, send) {
                 Ok(sent) => rest = advance(rest, sent),
-                Err(_) => match io::Error::last_os_error() {
-                    e if e.kind() == io::ErrorKind::Interrupted => {}
-                    e => return Err(self.error("send to", e)),
-                },
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(self.error("send to", e)),
             }
         }
         Ok(())
@@ -163,7 +230,8 @@ impl Connection {
         let mut at = offset;
         while at < end {
             let rest = end.saturating_sub(at) as usize;
-            match rustix::fs::sendfile(&self.socket, file, Some(&mut at), rest) {
+            let send = || rustix::fs::sendfile(&self.socket, file, Some(&mut at), rest);
+            match self.traffic.sending(rest, send) {
                 // The file has become shorter: the mapping has no pages there any more.
                 Ok(0) => return Err(self.error("send guest RAM to", io::ErrorKind::UnexpectedEof.into())),
                 Ok(_) | Err(Errno::INTR) => {}
@@ -182,12 +250,11 @@ impl Connection {
         while !rest.is_empty() {
             match rustix::net::recv(&self.socket, &mut *rest, RecvFlags::empty()) {
                 Ok((0, _)) => return Err(Cause::Closed { channel: self.name.clone() }),
-                Ok((got, _)) => rest = rest.get_mut(got..).unwrap_or_default(),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    let timed_out = io::Error::new(io::ErrorKind::TimedOut, "no answer in time");
-                    return Err(self.error("receive from", timed_out));
+                Ok((got, _)) => {
+                    self.traffic.receive(got);
+                    rest = rest.get_mut(got..).unwrap_or_default();
                 }
+                Err(Errno::INTR) => {}
                 Err(e) => return Err(self.error("receive from", e.into())),
             }
         }
@@ -216,7 +283,10 @@ impl Connection {
             let got = unsafe { libc::readv(self.socket.as_raw_fd(), rest.as_ptr(), count as libc::c_int) };
             match usize::try_from(got) {
                 Ok(0) => return Err(Cause::Closed { channel: self.name.clone() }),
-                Ok(got) => rest = advance(rest, got),
+                Ok(got) => {
+                    self.traffic.receive(got);
+                    rest = advance(rest, got);
+                }
                 Err(_) => match io::Error::last_os_error() {
                     e if e.kind() == io::ErrorKind::Interrupted => {}
                     e => return Err(self.error("receive guest RAM from", e)),
@@ -230,7 +300,10 @@ impl Connection {
     pub(crate) fn recv_available(&self, buffer: &mut [u8]) -> Result<Option<usize>, Cause> {
         loop {
             match rustix::net::recv(&self.socket, &mut *buffer, RecvFlags::DONTWAIT) {
-                Ok((got, _)) => return Ok(Some(got)),
+                Ok((got, _)) => {
+                    self.traffic.receive(got);
+                    return Ok(Some(got));
+                }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(e) => return Err(self.error("receive from", e.into())),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use crate::channel::Connection;
-use crate::link::{Places, Pulse, SharedSender};
+use crate::link::{Places, SharedSender, Watch};
 
 /// A connection to the source that carries messages. Dropping it closes it and joins its threads.
 pub(super) struct Link {
@@ -12,7 +12,8 @@ pub(super) struct Link {
     pub(super) connection: Arc<Connection>,
     pub(super) places: Arc<Places>,
     pub(super) sender: SharedSender,
-    pub(super) pulse: Option<Pulse>,
+    /// Of this connection and, beside the session's first, of the data channels.
+    pub(super) watch: Option<Watch>,
     pub(super) receiver: Option<JoinHandle<()>>,
 }
 
@@ -20,7 +21,7 @@ impl Drop for Link {
     fn drop(&mut self) {
         self.connection.shutdown();
         self.places.close();
-        self.pulse.take();
+        self.watch.take();
         if let Some(receiver) = self.receiver.take() {
             let _ = receiver.join();
         }

@@ -8,7 +8,7 @@ use super::placement::{Placement, Staging};
 use crate::clock::Contact;
 use crate::error::Cause;
 use crate::link::{
-    ChannelClock, ChannelCounters, CpuTime, FrameReceiver, LastHeard, Place, Places, Received, contain, spawn,
+    ChannelClock, ChannelCounters, CpuTime, FrameReceiver, Place, Places, Received, Watched, contain, spawn,
 };
 use crate::wire::Message;
 
@@ -66,7 +66,7 @@ pub(super) struct Receiving {
     pub(super) placement: Arc<Placement>,
     /// Pages are counted here.
     pub(super) counters: Arc<ChannelCounters>,
-    pub(super) heard: Arc<LastHeard>,
+    pub(super) watched: Watched,
     /// Where decisions look for when the source was last heard of; only on the connection for messages.
     pub(super) contact: Option<Arc<Contact>>,
     pub(super) events: Sender<Event>,
@@ -106,7 +106,7 @@ impl Receiving {
 
     fn place(&self) -> Result<Place, Cause> {
         let name = || self.receiver.connection().name().to_owned();
-        self.places.take(&self.heard).ok_or_else(|| Cause::Closed { channel: name() })
+        self.places.take().ok_or_else(|| Cause::Closed { channel: name() })
     }
 
     fn step(
@@ -125,7 +125,6 @@ impl Receiving {
             Received::Pages => Between::Frames,
             Received::Message(_) => Between::Rounds,
         };
-        self.heard.touch();
         if let Some(contact) = &self.contact {
             contact.touch();
         }
@@ -141,7 +140,10 @@ impl Receiving {
                 self.placement.complete()?;
                 Ok(Some(Event::Mark { channel, round: mark.round, place: self.place()? }))
             }
-            (Received::Message(Message::Heartbeat), _) => Ok(None),
+            (Received::Message(Message::Heartbeat(heartbeat)), _) => {
+                self.watched.hear(heartbeat);
+                Ok(None)
+            }
             (Received::Message(message), _) if self.carries.link().is_some() => {
                 Ok(Some(Event::Message(message, self.place()?)))
             }

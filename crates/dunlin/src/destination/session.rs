@@ -4,8 +4,8 @@
 //! ownership is changed before a message that tells of it is sent; nothing of a session that ended as Aborted can
 //! ever make the guest run.
 
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::compatibility;
@@ -20,8 +20,8 @@ use crate::error::{Cause, MachineStep, Phase, Side};
 use crate::guest::{Came, Heard, Resume};
 use crate::handover::{DestinationAction, DestinationEvent, DestinationState};
 use crate::link::{
-    COUNTED_HELLO_BYTES, ChannelCounters, FrameReceiver, FrameSender, LastHeard, Places, Pulse, SharedSender,
-    answer_hello, contain, lock,
+    COUNTED_HELLO_BYTES, ChannelCounters, FrameReceiver, FrameSender, Part, Places, SharedSender, Watch, answer_hello,
+    contain, lock,
 };
 use crate::parameters::Integrity;
 use crate::report::{DeltaCounts, DowntimeParts, PageCounts, Round, Status};
@@ -205,23 +205,25 @@ impl<'a> Session<'a> {
         if let Some(bytes) = start_bytes {
             receiver.has_read(bytes);
         }
-        let heard = Arc::new(LastHeard::now());
         let places = Arc::new(Places::default());
         let sender: SharedSender = Arc::new(FrameSender::new(connection.clone(), Arc::default()).into());
+        let lost = Mutex::new(self.to_self.clone());
+        // Of no use to anybody when the session has ended meanwhile.
+        let lost = move |cause| drop(lock(&lost).send(Event::ChannelLost(cause)));
+        let watch = Watch::start(Part::Answers, connection.clone(), sender.clone(), timeout, lost)?;
         let receiving = Receiving {
             receiver,
             carries,
             placement: self.placement.clone(),
             counters: pages,
-            heard: heard.clone(),
             contact: Some(self.contact.clone()),
+            watched: watch.messages(),
             events: self.to_self.clone(),
             places: places.clone(),
             staging: Staging::default(),
         };
-        let mut link = Link { number, connection, places, sender: sender.clone(), pulse: None, receiver: None };
+        let mut link = Link { number, connection, places, sender, watch: Some(watch), receiver: None };
         link.receiver = Some(receiving.start(&self.shared.cpu)?);
-        link.pulse = Some(Pulse::start(sender, heard, timeout)?);
         self.link = Some(link);
         Ok(())
     }
@@ -385,13 +387,19 @@ impl<'a> Session<'a> {
         counters.bytes.fetch_add(COUNTED_HELLO_BYTES, std::sync::atomic::Ordering::Relaxed);
         let connection = Arc::new(connection);
         let places = Arc::new(Places::default());
+        // Only the watch sends here.
+        let sender = Arc::new(FrameSender::new(connection.clone(), Arc::default()).into());
+        let Some(watch) = self.link.as_ref().and_then(|link| link.watch.as_ref()) else {
+            return Err(Cause::Closed { channel: connection.name().to_owned() });
+        };
+        let watched = watch.add(connection.clone(), sender, counters.clone());
         let receiving = Receiving {
             receiver: FrameReceiver::new(connection.clone(), counters.clone()),
             carries: Carries::Pages { channel: index },
             placement: self.placement.clone(),
             counters,
-            heard: Arc::new(LastHeard::now()),
             contact: None,
+            watched,
             events: self.to_self.clone(),
             places: places.clone(),
             staging: Staging::default(),
@@ -466,12 +474,9 @@ impl<'a> Session<'a> {
     }
 
     fn on_lost(&mut self, cause: Cause) -> Result<(), Cause> {
-        let silent = self.link.as_ref().and_then(|link| link.pulse.as_ref()).is_some_and(Pulse::found_silence);
-        let cause = if silent {
-            Cause::Silent { waiting_for: "a sign of life", after: lock(&self.shared.parameters).link_timeout }
-        } else {
-            cause
-        };
+        let silent = self.link.as_ref().and_then(|link| link.watch.as_ref()).and_then(Watch::found_silence);
+        let cause = silent
+            .map_or(cause, |after| Cause::Silent { waiting_for: "a sign of life on the control connection", after });
         self.without_link(cause)
     }
 

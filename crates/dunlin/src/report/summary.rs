@@ -1,6 +1,6 @@
 //! A report in a sentence: what is happening, and where the guest is.
 
-use super::{Report, Status};
+use super::{ChannelReport, Report, Status};
 use crate::error::Side;
 use crate::units::{format_seconds, format_size};
 
@@ -48,5 +48,19 @@ fn active(report: &Report) -> String {
         (None, Some(most)) => text.push_str(&format!("; the vCPUs are throttled by up to {most} %")),
         (None, None) => {}
     }
+    if let Some((channel, speed)) = slowest(&report.channels) {
+        text.push_str(&format!("; data channel {channel} is slow: its link carries {}/s", format_size(speed)));
+    }
     text
+}
+
+/// The slowest channel, where its link carries little, by itself or beside those of the other channels.
+fn slowest(channels: &[ChannelReport]) -> Option<(u8, u64)> {
+    /// What is called slow, whatever the others do.
+    const SLOW: u64 = 1 << 20;
+    /// What part of the quickest is.
+    const PART: u64 = 8;
+    let speeds = || channels.iter().filter_map(|channel| Some((channel.index, channel.link_bytes_per_second?)));
+    let (_, quickest) = speeds().max_by_key(|(_, speed)| *speed)?;
+    speeds().min_by_key(|(_, speed)| *speed).filter(|(_, speed)| *speed < SLOW || *speed < quickest / PART)
 }

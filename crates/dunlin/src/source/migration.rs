@@ -32,6 +32,9 @@ pub(super) const MACHINE_LIMIT: Duration = Duration::from_secs(30);
 /// parameters can help.
 const NOTHING_TO_GAIN: Duration = Duration::from_millis(100);
 
+/// A connection that has carried nothing for this long is tried before the guest may be stopped.
+const PROVEN: Duration = Duration::from_secs(1);
+
 /// A migration on its way.
 pub(super) struct Migration<'a> {
     pub(super) shared: &'a Shared,
@@ -133,6 +136,8 @@ impl Migration<'_> {
             self.await_placed()?;
             // Nothing was queued behind the last mark, so its answer took a round trip and what was queued before.
             self.shared.answered_within(marked.elapsed());
+            // In a long round a channel may have had nothing to do for minutes, and have been forgotten on the way.
+            self.control.confirm(PROVEN, &self.shared.stop)?;
             // Under a limit the last frame's time is not over when it has arrived. A stopped guest must not wait for it.
             self.common.pacer.settle(&self.shared.stop);
             let duration = began.elapsed();

@@ -1,7 +1,7 @@
 //! The sending side.
 //!
 //! [`Source`] is the handle. Behind it one thread drives the migration (`migration`: setup, precopy rounds,
-//! switchover), a worker a channel sends pages, a reader listens to the destination, a pulse keeps the link alive.
+//! switchover), a worker a channel sends pages, a reader listens to the destination, a watch keeps the connections alive.
 //! They meet in one queue of events that the driving thread reads, and in [`Shared`], which reports are made from.
 
 mod auto_converge;
@@ -170,11 +170,10 @@ impl Shared {
         if of_link && self.stop.load(Ordering::Acquire) { Cause::Cancelled } else { cause }
     }
 
-    /// Why the control connection was lost: the pulse knows better than the socket.
+    /// Why the control connection was lost: the watch knows better than the socket.
     fn lost(&self, control: &Control, cause: Cause) -> Cause {
-        if control.found_silence() {
-            let after = lock(&self.parameters).link_timeout;
-            return Cause::Silent { waiting_for: "a sign of life", after };
+        if let Some(after) = control.found_silence() {
+            return Cause::Silent { waiting_for: "a sign of life on the control connection", after };
         }
         cause
     }

@@ -1,8 +1,8 @@
 //! Connecting, agreeing, and opening the data channels.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::migration::MACHINE_LIMIT;
@@ -10,7 +10,7 @@ use super::{Event, Shared};
 use crate::channel::{Connection, Connections};
 use crate::error::{Cause, MachineStep, Side};
 use crate::link::{
-    COUNTED_HELLO_BYTES, ChannelCounters, FrameReceiver, FrameSender, LastHeard, Places, Pulse, SharedSender, lock,
+    COUNTED_HELLO_BYTES, ChannelCounters, FrameReceiver, FrameSender, Part, Places, SharedSender, Watch, lock,
     say_hello, spawn,
 };
 use crate::page::{self, PageKind};
@@ -28,13 +28,13 @@ pub(super) struct Control {
     pub(super) sender: SharedSender,
     connection: Arc<Connection>,
     places: Arc<Places>,
-    pulse: Option<Pulse>,
+    watch: Option<Watch>,
     reader: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Control {
-    /// Takes over a connection whose hello was answered: starts its pulse and its reader, which turns what comes into
-    /// events.
+    /// Takes over a connection whose hello was answered: has it watched, and starts its reader, which turns what comes
+    /// into events.
     pub(super) fn open(
         connection: Arc<Connection>,
         counters: Arc<ChannelCounters>,
@@ -43,8 +43,13 @@ impl Control {
     ) -> Result<Self, Cause> {
         let timeout = lock(&shared.parameters).link_timeout;
         let sender: SharedSender = Arc::new(FrameSender::new(connection.clone(), counters).into());
-        let heard = Arc::new(LastHeard::now());
-        let pulse = Pulse::start(sender.clone(), heard.clone(), timeout)?;
+        // How long it may take to send something is the watch's business: a slow link is not a dead one.
+        connection.set_send_timeout(None)?;
+        let lost = Mutex::new(events.clone());
+        // Of no use to anybody when the migration has ended meanwhile.
+        let lost = move |cause| drop(lock(&lost).send(Event::Lost(cause)));
+        let watch = Watch::start(Part::Asks, connection.clone(), sender.clone(), timeout, lost)?;
+        let watched = watch.messages();
         let mut receiver = FrameReceiver::new(connection.clone(), Arc::default());
         let cpu = shared.cpu.clone();
         let places = Arc::new(Places::default());
@@ -54,16 +59,24 @@ impl Control {
             let _meter = cpu.meter();
             loop {
                 let message = receiver.next_message();
-                heard.touch();
                 if message.is_ok() {
                     contact.touch();
                 }
                 let event = match message {
-                    Ok(Message::Heartbeat) => continue,
-                    Ok(message) => match queue.take(&heard) {
-                        Some(place) => Event::Message(message, place),
-                        None => return,
-                    },
+                    Ok(Message::Heartbeat(heartbeat)) => {
+                        watched.hear(heartbeat);
+                        continue;
+                    }
+                    Ok(message) => {
+                        // It has everything.
+                        if matches!(message, Message::Ready(_)) {
+                            watched.retire_data();
+                        }
+                        match queue.take() {
+                            Some(place) => Event::Message(message, place),
+                            None => return,
+                        }
+                    }
                     Err(cause) => Event::Lost(cause),
                 };
                 let last = matches!(event, Event::Lost(_));
@@ -72,15 +85,31 @@ impl Control {
                 }
             }
         })?;
-        Ok(Self { sender, connection, places, pulse: Some(pulse), reader: Some(reader) })
+        Ok(Self { sender, connection, places, watch: Some(watch), reader: Some(reader) })
     }
 
     pub(super) fn send(&self, message: &Message) -> Result<(), Cause> {
         lock(&self.sender).send(message)
     }
 
-    pub(super) fn found_silence(&self) -> bool {
-        self.pulse.as_ref().is_some_and(Pulse::found_silence)
+    /// How long nothing was heard before the connection was given up for that, if it was.
+    pub(super) fn found_silence(&self) -> Option<Duration> {
+        self.watch.as_ref().and_then(Watch::found_silence)
+    }
+
+    /// The guest is stopped: a dead connection is to be found soon.
+    pub(super) fn guest_stopped(&self, shared: &Shared) {
+        if let Some(watch) = &self.watch {
+            watch.guest_stopped(*lock(&shared.round_trip));
+        }
+    }
+
+    /// Waits until every connection has carried something to the destination within the last `age`.
+    ///
+    /// # Errors
+    /// When one is dead, or the migration is to end.
+    pub(super) fn confirm(&self, age: Duration, stop: &AtomicBool) -> Result<(), Cause> {
+        self.watch.as_ref().map_or(Ok(()), |watch| watch.confirm(age, stop))
     }
 
     /// Lets what was sent arrive before the connection is closed.
@@ -93,7 +122,7 @@ impl Drop for Control {
     fn drop(&mut self) {
         self.connection.shutdown();
         self.places.close();
-        self.pulse.take();
+        self.watch.take();
         if let Some(reader) = self.reader.take() {
             let _ = reader.join();
         }
@@ -192,6 +221,9 @@ pub(super) fn agree(
     if wanted == 0 {
         let counters = Arc::new(ChannelCounters::default());
         lock(&control.sender).count_pages_in(counters.clone());
+        if let Some(watch) = &control.watch {
+            watch.tell_speed_in(counters.clone());
+        }
         channels.push(DataChannel { sender: control.sender.clone(), counters });
     }
     for index in 0..wanted {
@@ -199,8 +231,12 @@ pub(super) fn agree(
         let connection = connect(shared, Role::Data { index }, session, timeout, &shared.stop)
             .map_err(|cause| shared.reason_for(cause, incoming))?;
         counters.bytes.fetch_add(COUNTED_HELLO_BYTES, Ordering::Relaxed);
-        let sender = FrameSender::new(connection, counters.clone());
-        channels.push(DataChannel { sender: Arc::new(sender.into()), counters });
+        connection.set_send_timeout(None)?;
+        let sender: SharedSender = Arc::new(FrameSender::new(connection.clone(), counters.clone()).into());
+        if let Some(watch) = &control.watch {
+            watch.add(connection, sender.clone(), counters.clone());
+        }
+        channels.push(DataChannel { sender, counters });
     }
     lock(&shared.channels).extend(channels.iter().map(|channel| channel.counters.clone()));
     Ok(channels)

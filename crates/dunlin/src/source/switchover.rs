@@ -148,7 +148,7 @@ fn event_of(shared: &Shared, message: &Message) -> Result<Option<(SourceEvent, H
         }
         Message::Abort(abort) if abort.reason == AbortReason::Kept => (SourceEvent::Kept, of(abort.epoch)),
         Message::Abort(abort) => (SourceEvent::Aborted, of(abort.epoch)),
-        Message::MarkAck(_) | Message::Heartbeat => return Ok(None),
+        Message::MarkAck(_) | Message::Heartbeat(_) => return Ok(None),
         other => return Err(Cause::Unexpected { message: other.name(), expected: "a word on where the guest is" }),
     }))
 }
@@ -199,6 +199,7 @@ impl Migration<'_> {
         let mut clock = Clock::start();
         shared.begin_switchover();
         transition(shared, SourceEvent::Pause, Heard::default())?.acted?;
+        self.control.guest_stopped(shared);
         // Wherever it goes on, it does so at full speed. A machine that fails here has stopped all the same.
         let _ = contain("source", || {
             shared.guest.throttle_for_migration(&[]);
@@ -209,6 +210,9 @@ impl Migration<'_> {
         shared.note_part(|parts| &mut parts.pause_seconds, clock.lap());
         shared.set_phase(Phase::Switchover, first);
         let continued = if waits { self.await_continue() } else { Ok(()) };
+        // Whether every connection is still there is found out now, and not by what the guest waits for.
+        let confirmed = |()| if waits { self.control.confirm(Duration::ZERO, &shared.stop) } else { Ok(()) };
+        let continued = continued.and_then(confirmed);
         shared.note_part(|parts| &mut parts.wait_seconds, clock.lap());
         continued?;
         if waits {

@@ -106,7 +106,7 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
             }),
         ),
         ("query", 12, Message::Query { epoch: 3 }),
-        ("heartbeat", 13, Message::Heartbeat),
+        ("heartbeat", 13, Message::Heartbeat(Heartbeat { received: 1 << 40, unread: 3 })),
     ]
 }
 

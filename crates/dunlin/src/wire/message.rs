@@ -86,6 +86,18 @@ pub(crate) struct MarkAck {
     pub(crate) round: u32,
 }
 
+/// Either way: what has come on this connection so far, the hello or its answer included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Heartbeat {
+    /// Bytes that were taken.
+    pub(crate) received: u64,
+    /// Bytes that have come and wait to be taken.
+    pub(crate) unread: u64,
+}
+
+/// Bytes of a heartbeat's body.
+pub(crate) const HEARTBEAT_BYTES: usize = 16;
+
 /// Source to destination: a piece of a section of device state. Pieces of a section come in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Section {
@@ -198,8 +210,8 @@ pub(crate) enum Message {
     Query {
         epoch: u64,
     },
-    /// Either way: this side is alive.
-    Heartbeat,
+    /// Either way, on any connection: this side is alive, and this is what has come.
+    Heartbeat(Heartbeat),
 }
 
 fn duration_out(duration: Duration) -> u64 {
@@ -304,7 +316,7 @@ impl Message {
             Self::Done(_) => FrameType::Done,
             Self::Abort(_) => FrameType::Abort,
             Self::Query { .. } => FrameType::Query,
-            Self::Heartbeat => FrameType::Heartbeat,
+            Self::Heartbeat(_) => FrameType::Heartbeat,
         }
     }
 
@@ -387,7 +399,10 @@ impl Message {
                 out.u64(duration_out(release.lease));
             }
             Self::Query { epoch } => out.u64(*epoch),
-            Self::Heartbeat => {}
+            Self::Heartbeat(heartbeat) => {
+                out.u64(heartbeat.received);
+                out.u64(heartbeat.unread);
+            }
         }
         out.0
     }
@@ -478,7 +493,7 @@ impl Message {
                 text: input.text()?,
             }),
             FrameType::Query => Self::Query { epoch: input.u64()? },
-            FrameType::Heartbeat => Self::Heartbeat,
+            FrameType::Heartbeat => Self::Heartbeat(Heartbeat { received: input.u64()?, unread: input.u64()? }),
             FrameType::Pages => return Err(WireError::Value { what: "a message's type", value: 32 }),
         };
         input.end()?;
