@@ -96,6 +96,13 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// RAM.
     pub ram: RamReport,
+    /// Of the bytes transferred, those that went before the guest was stopped for the switchover. On the destination this is
+    /// as of when it heard that the guest would be.
+    #[serde(default)]
+    pub precopy_bytes: u64,
+    /// These, once the guest was stopped.
+    #[serde(skip)]
+    before_stop_bytes: Option<u64>,
     /// What `delta` did, up to the last round.
     pub delta: DeltaCounts,
     /// Bytes of device state sent or received.
@@ -139,6 +146,8 @@ impl Report {
             downtime_parts: None,
             rounds: Vec::new(),
             ram: RamReport::default(),
+            precopy_bytes: 0,
+            before_stop_bytes: None,
             delta: DeltaCounts::default(),
             device_state_bytes: 0,
             bandwidth_bytes_per_second: 0,
@@ -151,6 +160,24 @@ impl Report {
             refused_connections: RefusedConnections::default(),
             error: None,
         }
+    }
+
+    /// The guest is stopped for the switchover, when so many bytes have been transferred.
+    pub(crate) fn stopped_after(&mut self, transferred_bytes: u64) {
+        self.before_stop_bytes.get_or_insert(transferred_bytes);
+    }
+
+    /// Another migration begins.
+    pub(crate) fn restart_precopy(&mut self) {
+        (self.precopy_bytes, self.before_stop_bytes) = (0, None);
+    }
+
+    /// Fills in the bytes of precopy. As long as the guest has not been stopped all bytes are, as of `before`: that must
+    /// have been counted before this report was made, or the figure would go back when the guest is stopped meanwhile.
+    pub(crate) fn fill_in_precopy(&mut self, before: u64) {
+        let ram = &self.ram;
+        let not_stopped = if self.status.is_final() { ram.transferred_bytes } else { before };
+        self.precopy_bytes = self.before_stop_bytes.unwrap_or(not_stopped).min(ram.transferred_bytes);
     }
 
     /// Puts into words what is happening.

@@ -138,12 +138,6 @@ fn ram(report: &Report) -> Value {
         let pages = round.pages.total();
         (pages as f64 / round.seconds) as u64
     });
-    let downtime_bytes = match (report.downtime_parts, last_round) {
-        (Some(parts), Some(round)) if parts.ram_seconds > 0.0 => {
-            round.transferred_bytes.saturating_add(report.device_state_bytes)
-        }
-        _ => 0,
-    };
     let multifd_bytes = report.channels.iter().fold(0u64, |sum, channel| sum.saturating_add(channel.transferred_bytes));
     json!({
         "transferred": ram.transferred_bytes,
@@ -158,8 +152,8 @@ fn ram(report: &Report) -> Value {
         "page-size": PAGE_SIZE,
         "pages-per-second": pages_per_second,
         "multifd-bytes": multifd_bytes,
-        "precopy-bytes": ram.transferred_bytes.saturating_sub(downtime_bytes),
-        "downtime-bytes": downtime_bytes,
+        "precopy-bytes": report.precopy_bytes,
+        "downtime-bytes": ram.transferred_bytes.saturating_sub(report.precopy_bytes),
         "postcopy-bytes": 0,
         "postcopy-requests": 0,
         "dirty-sync-missed-zero-copy": 0,
@@ -241,6 +235,7 @@ mod tests {
             transferred_bytes: 5_000_000,
             pages: PageCounts { zero: 7, plain: 1000, ..Default::default() },
         };
+        report.precopy_bytes = 5_000_000;
         report.bandwidth_bytes_per_second = 125_000_000;
         report.dirty_bytes_per_second = 40_960;
         report.channels = vec![
@@ -283,6 +278,7 @@ mod tests {
     fn figures_stay_after_the_end() {
         let mut report = report();
         report.status = Status::Failed;
+        report.precopy_bytes = 3_000_000;
         report.downtime_seconds = 0.0106;
         report.downtime_parts = Some(DowntimeParts { ram_seconds: 0.001, ..Default::default() });
         report.error = Some(ErrorReport {
@@ -295,7 +291,8 @@ mod tests {
         assert_eq!(info["status"], "failed");
         assert_eq!(info["downtime"], 11);
         assert_eq!(info["error-desc"], "source, handover: cancelled");
-        assert_eq!(info["ram"]["downtime-bytes"], 4_000_000);
+        assert_eq!(info["ram"]["precopy-bytes"], 3_000_000);
+        assert_eq!(info["ram"]["downtime-bytes"], 2_000_000);
         assert_eq!(info.get("expected-downtime"), None);
     }
 

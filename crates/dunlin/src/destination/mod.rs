@@ -163,6 +163,7 @@ impl Shared {
             report.ram.pages += channel.pages;
             report.channels.push(channel);
         }
+        report.fill_in_precopy(report.ram.transferred_bytes);
         if !report.status.is_final() {
             report.ram.remaining_bytes = self.remaining_bytes(report.ram.remaining_bytes, report.ram.pages.total());
         }

@@ -170,6 +170,7 @@ impl<'a> Session<'a> {
         let fresh = crate::report::Report::new(Side::Destination, report.guest);
         report.session = Some(self.id.to_string());
         report.rounds.clear();
+        report.restart_precopy();
         report.error = None;
         report.device_state_bytes = 0;
         report.downtime_seconds = 0.0;
@@ -435,6 +436,13 @@ impl<'a> Session<'a> {
         report.throttled_by(&done.throttle);
         report.not_converging = Some(done.not_converging).filter(|why| !why.is_empty());
         report.push_round(round);
+        if done.then_stopped {
+            let channels = lock(&self.shared.channels);
+            let counters =
+                channels.iter().map(|(_, counters)| counters.clone()).chain([lock(&self.shared.control).clone()]);
+            let bytes = counters.map(|counters| counters.bytes.load(std::sync::atomic::Ordering::Relaxed));
+            report.stopped_after(bytes.fold(0, u64::saturating_add));
+        }
     }
 
     fn on_section(&mut self, piece: Section) -> Result<(), Cause> {

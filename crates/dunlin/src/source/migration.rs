@@ -252,6 +252,7 @@ impl Migration<'_> {
             delta: self.shared.delta_counts(),
             throttle,
             not_converging: not_converging.unwrap_or_default(),
+            then_stopped: verdict.decision == Decision::SwitchOver,
         };
         self.report_round(&round);
         self.control.send(&Message::RoundDone(Box::new(round)))?;

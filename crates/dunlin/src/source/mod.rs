@@ -235,6 +235,7 @@ impl Shared {
     fn snapshot(&self) -> Report {
         // First: what there is no more of by now is in the report.
         let remaining = lock(&self.common).as_ref().map(|common| common.dirty.remaining_bytes.load(Ordering::Relaxed));
+        let transferred = self.transferred_bytes();
         let mut report = {
             // With the lock held, so that the time never goes back when the migration ends.
             let mut report = lock(&self.report);
@@ -263,6 +264,7 @@ impl Shared {
             report.ram.pages += channel.pages;
             report.ram.transferred_bytes = report.ram.transferred_bytes.saturating_add(channel.transferred_bytes);
         }
+        report.fill_in_precopy(transferred);
         report.delta = self.delta_counts();
         report.cpu_seconds.source = Some(self.cpu.total().as_secs_f64());
         report.summarize();

@@ -200,6 +200,7 @@ impl Migration<'_> {
         shared.begin_switchover();
         transition(shared, SourceEvent::Pause, Heard::default())?.acted?;
         self.control.guest_stopped(shared);
+        lock(&shared.report).stopped_after(shared.transferred_bytes());
         // Wherever it goes on, it does so at full speed. A machine that fails here has stopped all the same.
         let _ = contain("source", || {
             shared.guest.throttle_for_migration(&[]);
@@ -301,6 +302,7 @@ impl Migration<'_> {
             delta: self.shared.delta_counts(),
             throttle,
             not_converging: String::new(),
+            then_stopped: true,
         };
         lock(&self.shared.report).push_round(Round::from(&round));
         self.control.send(&Message::RoundDone(Box::new(round)))

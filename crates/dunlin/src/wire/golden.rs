@@ -56,6 +56,7 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
                 delta: DeltaCounts { hits: 15, misses: 16, overflows: 17, saved_bytes: 18 },
                 throttle: vec![Throttled { now: 0, most: 0 }, Throttled { now: 40, most: 70 }],
                 not_converging: "slow".into(),
+                then_stopped: true,
             })),
         ),
         ("mark", 3, Message::Mark(Mark { round: 9 })),

@@ -63,6 +63,8 @@ pub(crate) struct RoundDone {
     pub(crate) throttle: Vec<Throttled>,
     /// Why the migration does not converge, or empty.
     pub(crate) not_converging: String,
+    /// The guest is stopped next, or already was: what comes after this is part of the downtime.
+    pub(crate) then_stopped: bool,
 }
 
 /// How much of a vCPU's time is taken from it, in percent.
@@ -351,6 +353,7 @@ impl Message {
                 out.u8(throttle.len() as u8);
                 throttle.iter().for_each(|vcpu| out.0.extend([vcpu.now, vcpu.most]));
                 out.text(&round.not_converging, MAX_TEXT_BYTES);
+                out.u8(u8::from(round.then_stopped));
             }
             Self::Mark(mark) => out.u32(mark.round),
             Self::MarkAck(ack) => {
@@ -445,6 +448,7 @@ impl Message {
                     (0..count).map(|_| throttled()).collect::<Result<_, _>>()?
                 },
                 not_converging: input.text()?,
+                then_stopped: flag(input.u8()?)?,
             })),
             FrameType::Mark => Self::Mark(Mark { round: input.u32()? }),
             FrameType::MarkAck => Self::MarkAck(MarkAck { round: input.u32()?, channel: input.u8()? }),

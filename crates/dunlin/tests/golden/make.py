@@ -87,7 +87,7 @@ CASES = {
     "start": frame(1, 0, start),
     "accepted": frame(2, 1, struct.pack("<H", 2) + name("page-zero") + name("page-plain")),
     "round-done": frame(
-        3, 2, struct.pack("<IQQQQQQQQQQQQQQQQQ", *range(1, 19)) + struct.pack("<BBBBB", 2, 0, 0, 40, 70) + struct.pack("<H", 4) + b"slow"
+        3, 2, struct.pack("<IQQQQQQQQQQQQQQQQQ", *range(1, 19)) + struct.pack("<BBBBB", 2, 0, 0, 40, 70) + struct.pack("<H", 4) + b"slow" + b"\1"
     ),
     "mark": frame(4, 3, struct.pack("<I", 9)),
     "mark-ack": frame(5, 4, struct.pack("<IB", 9, 3)),
