@@ -125,7 +125,10 @@ impl Acceptor<'_> {
             if let Some(fd) = listening {
                 fds.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
             }
-            let timeout = if self.waiting.is_empty() && listening.is_some() { None } else { Some(LOOK) };
+            // What waits without a deadline shows itself.
+            let quiet = self.waiting.iter().all(|waiting| waiting.given && waiting.hello.is_none());
+            let comes = listening.is_some() || !self.waiting.is_empty();
+            let timeout = if quiet && comes { None } else { Some(LOOK) };
             let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
             if rustix::event::poll(&mut fds, timeout.as_ref()).is_ok()
                 && let (Some(_), Some(last)) = (listening, fds.last())
