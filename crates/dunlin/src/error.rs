@@ -185,6 +185,35 @@ pub enum Cause {
         /// Which channel.
         channel: String,
     },
+    /// The command behind a connection has ended, or what came from it is wrong.
+    #[error("the command of {channel} {end}; {why}")]
+    Command {
+        /// The connection.
+        channel: String,
+        /// How it has ended, if it has, and what it said.
+        end: String,
+        /// What is wrong with the connection.
+        why: String,
+    },
+    /// What listens at the address has taken the connection and said nothing.
+    #[error(
+        "{channel}: no answer in time: what listens there took the connection and said nothing for {after:?}; it may be \
+         something other than a Dunlin destination"
+    )]
+    Mute {
+        /// The connection.
+        channel: String,
+        /// How long.
+        after: Duration,
+    },
+    /// What listens at the address has closed the connection and said nothing.
+    #[error(
+        "the peer closed {channel} without an answer; what listens there may be something other than a Dunlin destination"
+    )]
+    Unanswered {
+        /// The connection.
+        channel: String,
+    },
     /// Nothing was heard from the peer for too long.
     #[error("nothing was heard from the peer for {after:?} while waiting for {waiting_for}")]
     Silent {
@@ -367,6 +396,21 @@ impl From<GuestError> for Cause {
             GuestError::Machine { step, source } => Self::Machine { step, source },
             error => Self::Guest(error),
         }
+    }
+}
+
+impl Cause {
+    /// Whether it says no more than that a connection is lost or of no use.
+    pub(crate) fn is_of_link(&self) -> bool {
+        matches!(
+            self,
+            Self::Io { .. }
+                | Self::Closed { .. }
+                | Self::Silent { .. }
+                | Self::Wire { .. }
+                | Self::Command { .. }
+                | Self::Uri(_)
+        )
     }
 }
 

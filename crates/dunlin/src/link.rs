@@ -16,12 +16,14 @@ use crate::memory::{GuestSlice, PAGE_SIZE};
 use crate::page::PageKind;
 use crate::report::{ChannelReport, DeltaCounts, PageCounts};
 use crate::wire::{
-    DataDigest, FrameHeader, FrameType, HEADER_BYTES, HELLO_BYTES, Hello, HelloReply, Message, PageRun, REPLY_BYTES,
-    Role, SessionId, WireError, data_checksum, decode_runs, table_checksum,
+    DataDigest, FrameHeader, FrameType, HEADER_BYTES, HELLO_BYTES, Message, PageRun, WireError, data_checksum,
+    decode_runs, table_checksum,
 };
 
+mod greeting;
 mod watch;
 
+pub(crate) use greeting::{answer_hello, say_hello};
 pub(crate) use watch::{Part, Watch, Watched};
 
 /// Figures of one channel, readable while it works.
@@ -325,6 +327,10 @@ impl FrameReceiver {
 
     /// Receives the next frame. The runs of a Pages frame, checked against `block_bytes`, go to `runs`.
     pub(crate) fn next(&mut self, block_bytes: &[u64], runs: &mut Vec<PageRun>) -> Result<Received, Cause> {
+        self.receive(block_bytes, runs).map_err(|cause| self.connection.explain(cause))
+    }
+
+    fn receive(&mut self, block_bytes: &[u64], runs: &mut Vec<PageRun>) -> Result<Received, Cause> {
         let mut bytes = [0; HEADER_BYTES];
         self.connection.recv_exact(&mut bytes)?;
         let header = FrameHeader::decode(&bytes, self.sequence).map_err(|e| self.wire(e))?;
@@ -361,32 +367,6 @@ impl FrameReceiver {
             Received::Pages => Err(Cause::Unexpected { message: "Pages", expected: "a message" }),
         }
     }
-}
-
-/// Says hello on a new connection and waits for the answer.
-pub(crate) fn say_hello(
-    connection: &Connection,
-    role: Role,
-    session: SessionId,
-    timeout: Duration,
-) -> Result<(), Cause> {
-    let hello = Hello { role, session };
-    connection.set_receive_timeout(Some(timeout))?;
-    connection.set_send_timeout(Some(timeout))?;
-    connection.send_all(&mut [IoSlice::new(&hello.encode())])?;
-    let mut reply = [0; REPLY_BYTES];
-    connection.recv_exact(&mut reply)?;
-    connection.set_receive_timeout(None)?;
-    match HelloReply::decode(&reply) {
-        Ok(HelloReply::Welcome) => Ok(()),
-        Ok(HelloReply::Refused { reason }) => Err(Cause::Refused { by: crate::error::Side::Destination, reason }),
-        Err(source) => Err(Cause::Wire { channel: connection.name().to_owned(), source }),
-    }
-}
-
-/// Answers a hello.
-pub(crate) fn answer_hello(connection: &Connection, reply: &HelloReply) -> Result<(), Cause> {
-    connection.send_all(&mut [IoSlice::new(&reply.encode())])
 }
 
 /// What a hello takes on the way to the destination, for the counters.

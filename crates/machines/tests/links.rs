@@ -3,6 +3,10 @@
 
 mod common;
 
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use common::line::{Flow, Line, Which};
@@ -201,4 +205,127 @@ fn slow_is_not_dead() {
         to.assert_good("after a slow channel");
         return;
     }
+}
+
+/// What listens at `answer`'s port, once: says `first`, reads, says `then`, and closes or stays.
+fn stranger(first: &'static [u8], then: &'static [u8], stays: bool) -> (String, std::thread::JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    let thread = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(first).unwrap();
+        if !then.is_empty() || !stays {
+            drop(stream.read(&mut [0; 4096]));
+            drop(stream.write_all(then));
+        }
+        if stays {
+            drop(stream.read_to_end(&mut Vec::new()));
+        }
+    });
+    (uri, thread)
+}
+
+/// Something else listens at the destination's address: it is named, as soon as it is known.
+#[test]
+fn something_else_answers() {
+    let from = source(4 * MIB, 1, "idle", 3);
+    let soon = Duration::from_millis(2500);
+    for (first, then, stays, named, within) in [
+        (
+            &b"SSH-2.0-OpenSSH_9.6p1 Ubuntu-3ubuntu13\r\n"[..],
+            &b""[..],
+            true,
+            "this is SSH; it began with \"SSH-2.0-OpenSSH",
+            soon,
+        ),
+        (b"", b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", true, "this is an HTTP server", soon),
+        (b"", b"HTTP/1.0 400 Bad Request\r\n\r\n", false, "this is an HTTP server", soon),
+        (b"", b"\x15\x03\x01\x00\x02\x02\x46", false, "this is TLS", soon),
+        (b"{\"QMP\": {\"version\": {\"qemu\": {}}}}\r\n", b"", true, "this is a QMP monitor", soon),
+        (b"QEVM\x00\x00\x00\x03", b"", true, "this is a migration of QEMU", soon),
+        (b"hello there\n", b"", true, "it began with \"hello there", soon),
+        // As QEMU's destination does with what is not its own.
+        (b"", b"", false, "without an answer", soon),
+        (b"", b"", true, "said nothing for 3s", Duration::from_secs(6)),
+    ] {
+        let (uri, thread) = stranger(first, then, stays);
+        let began = Instant::now();
+        let report = from.migrate(&uri.parse().unwrap(), &parameters(&[])).wait();
+        let (message, took) = (report.error.unwrap().message, began.elapsed());
+        println!("{took:.2?}: {message}");
+        assert!(message.contains(named) && message.contains(&uri), "{named}: {message}");
+        assert!(took < within, "{named}: {took:?}");
+        assert!(from.guest.is_running());
+        thread.join().unwrap();
+    }
+    // And where something else connects.
+    let to = empty(4 * MIB, 1);
+    let destination = to.listen("tcp:127.0.0.1:0", &parameters(&[]));
+    let dunlin::Uri::Tcp { port, .. } = destination.local_uri() else { panic!() };
+    std::net::TcpStream::connect(("127.0.0.1", *port)).unwrap().write_all(b"QEVM\0\0\0\x03").unwrap();
+    until("it is refused", || destination.report().refused_connections.count > 0);
+    let latest = destination.report().refused_connections.latest.unwrap();
+    assert!(latest.contains("a migration of QEMU"), "{latest}");
+}
+
+/// A command that is no link: how it ended, what it said, and what came from it.
+#[test]
+fn commands_that_are_no_link() {
+    let flood = "head -c 3000000 /dev/zero | tr '\\0' x >&2; echo the end >&2; exit 4";
+    for (command, words) in [
+        ("exit 3", &["exited with status 3"][..]),
+        ("echo no route to it >&2; exit 3", &["exited with status 3", "no route to it"]),
+        ("/no/such/command", &["exited with status 127", "not found"]),
+        ("kill -9 $$", &["was ended by signal 9"]),
+        (
+            "echo Welcome to this host; exit 0",
+            &["not a Dunlin migration", "Welcome to this host", "exited with status 0"],
+        ),
+        ("echo Welcome to this host; sleep 30", &["not a Dunlin migration", "Welcome to this host", "still runs"]),
+        (flood, &["exited with status 4", "the end"]),
+    ] {
+        let uri = format!("exec:{command}").parse().unwrap();
+        let from = source(4 * MIB, 1, "idle", 3);
+        let began = Instant::now();
+        let migration = from.migrate(&uri, &parameters(&[]));
+        let report = migration.wait();
+        let message = report.error.unwrap().message;
+        println!("{:.2?}: {:.300}", began.elapsed(), message);
+        assert!(words.iter().all(|word| message.contains(word)), "{command}: {message}");
+        assert!(message.len() < 3000 && message.lines().count() == 1, "{command}: {message}");
+        drop(migration);
+        assert!(began.elapsed() < Duration::from_secs(8), "{command}: {:?}", began.elapsed());
+        assert!(from.guest.is_running());
+        let to = empty(4 * MIB, 1);
+        let destination = to.listen(&uri.to_string(), &parameters(&[]));
+        until("it has come to nothing", || destination.report().refused_connections.count > 0);
+        let latest = destination.report().refused_connections.latest.unwrap();
+        assert!(words.iter().all(|word| latest.contains(word)), "{command}: {latest}");
+    }
+}
+
+/// A destination that was given its connection waits for its source for as long as that takes, and runs a command once.
+#[test]
+fn a_given_connection_may_take_its_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let runs = directory.path().join("runs");
+    let (here, there) = UnixStream::pair().unwrap();
+    let (over_fd, over_exec) = (empty(4 * MIB, 1), empty(4 * MIB, 1));
+    let by_fd = over_fd.listen(&format!("fd:{}", there.as_raw_fd()), &parameters(&[]));
+    let command = format!("exec:echo run >> {}; exec sleep 60", runs.display());
+    let by_exec = over_exec.listen(&command, &parameters(&[]));
+    // Longer than a stranger may.
+    std::thread::sleep(Duration::from_millis(7500));
+    assert_eq!((by_fd.report().status, by_exec.report().status), (Status::Setup, Status::Setup));
+    assert_eq!(std::fs::read_to_string(&runs).unwrap(), "run\n");
+    assert_eq!(by_exec.report().refused_connections.count, 0);
+    let from = source(4 * MIB, 1, "idle", 3);
+    let report = from.migrate(&format!("fd:{}", here.as_raw_fd()).parse().unwrap(), &parameters(&[])).wait();
+    assert_eq!(report.status, Status::Completed, "{:?}", report.error);
+    by_fd.wait();
+    over_fd.assert_good("over a descriptor that waited");
+    // Its end is not waited for.
+    let began = Instant::now();
+    drop(by_exec);
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
 }

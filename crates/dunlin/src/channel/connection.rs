@@ -6,16 +6,14 @@
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::process::Child;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 
+use super::command::Command;
 use crate::error::Cause;
 use crate::memory::GuestSlice;
 
@@ -55,7 +53,9 @@ pub(crate) struct Connection {
     socket: OwnedFd,
     name: String,
     /// The command behind an `exec` connection.
-    child: Mutex<Option<Child>>,
+    command: Option<Command>,
+    /// This side has ended it.
+    ended: AtomicBool,
     traffic: Traffic,
 }
 
@@ -89,11 +89,13 @@ impl Traffic {
 
 impl Connection {
     pub(super) fn new(socket: OwnedFd, name: String) -> Self {
-        Self { socket, name, child: Mutex::new(None), traffic: Traffic::default() }
+        Self { socket, name, command: None, ended: AtomicBool::new(false), traffic: Traffic::default() }
     }
 
-    pub(super) fn with_child(socket: OwnedFd, name: String, child: Child) -> Self {
-        Self { socket, name, child: Mutex::new(Some(child)), traffic: Traffic::default() }
+    pub(super) fn with_command(socket: OwnedFd, name: String, command: Command) -> Self {
+        let mut connection = Self::new(socket, name);
+        connection.command = Some(command);
+        connection
     }
 
     /// What errors call it.
@@ -108,6 +110,29 @@ impl Connection {
 
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+
+    /// What the connection was lost by, with what there is to say of the command behind it, if there is one.
+    pub(crate) fn explain(&self, cause: Cause) -> Cause {
+        /// How long a command that closes its connection may take to end.
+        const END: Duration = Duration::from_millis(500);
+        match (&self.command, &cause) {
+            (
+                Some(command),
+                Cause::Io { .. }
+                | Cause::Closed { .. }
+                | Cause::Wire { .. }
+                | Cause::Mute { .. }
+                | Cause::Unanswered { .. },
+            ) if !self.ended.load(Ordering::Acquire) => {
+                let why = match &cause {
+                    Cause::Unanswered { .. } => "no answer came from it".to_owned(),
+                    other => other.to_string(),
+                };
+                Cause::Command { channel: self.name.clone(), end: command.tell(END), why }
+            }
+            _ => cause,
+        }
     }
 
     /// Bytes that the kernel has taken to send.
@@ -261,6 +286,20 @@ impl Connection {
         Ok(())
     }
 
+    /// Receives some bytes; none at the end.
+    pub(crate) fn recv_some(&self, buffer: &mut [u8]) -> Result<usize, Cause> {
+        loop {
+            match rustix::net::recv(&self.socket, &mut *buffer, RecvFlags::empty()) {
+                Ok((got, _)) => {
+                    self.traffic.receive(got);
+                    return Ok(got);
+                }
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(self.error("receive from", e.into())),
+            }
+        }
+    }
+
     /// Receives until every target is full, in their order.
     pub(crate) fn recv_into(&self, targets: &mut [Target<'_>]) -> Result<(), Cause> {
         let mut pieces: Vec<libc::iovec> = targets
@@ -315,6 +354,7 @@ impl Connection {
     /// Closing at once instead could destroy the last message on its way to the peer.
     pub(crate) fn finish(&self, timeout: Duration) {
         let deadline = Instant::now() + timeout;
+        self.ended.store(true, Ordering::Release);
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);
         let _ = self.set_receive_timeout(Some(Duration::from_millis(50)));
         let mut scratch = [0; 16384];
@@ -342,6 +382,7 @@ impl Connection {
 
     /// Ends the connection both ways. Every thread blocked on it returns.
     pub(crate) fn shutdown(&self) {
+        self.ended.store(true, Ordering::Release);
         // Fails only when the peer was faster.
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
     }
@@ -350,25 +391,7 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         self.shutdown();
-        let child = self.child.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(child) = child {
-            reap(child);
-        }
     }
-}
-
-/// Waits for a command whose connection has been shut down, and ends what is left of it and of its process group.
-fn reap(child: &mut Child) {
-    let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) else { return };
-    let deadline = Instant::now() + Duration::from_secs(1);
-    // Not reaped yet, its number cannot become another group's before the signal.
-    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-    while Instant::now() < deadline && matches!(waitid(WaitId::Pid(group), options), Ok(None) | Err(Errno::INTR)) {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    // Fails only when nothing is left.
-    let _ = kill_process_group(group, Signal::KILL);
-    let _ = child.wait();
 }
 
 /// Blocks SIGPIPE for the calling thread, which must be the engine's own: `sendfile` cannot be told not to raise it.

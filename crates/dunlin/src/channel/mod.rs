@@ -3,6 +3,7 @@
 //! Every transport gives [`Connection`]s: ordered, two-way byte streams over one socket. TCP and Unix sockets can have
 //! as many as wanted; `fd` and `exec` have a single one, which then carries control and pages together.
 
+mod command;
 mod connection;
 mod exec;
 mod fd;

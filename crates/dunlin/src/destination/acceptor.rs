@@ -126,7 +126,7 @@ impl Acceptor<'_> {
                 fds.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
             }
             // What waits without a deadline shows itself.
-            let quiet = self.waiting.iter().all(|waiting| waiting.given && waiting.hello.is_none());
+            let quiet = self.waiting.iter().all(|waiting| waiting.given && matches!(waiting.said, Said::Nothing));
             let comes = listening.is_some() || !self.waiting.is_empty();
             let timeout = if quiet && comes { None } else { Some(LOOK) };
             let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
@@ -199,7 +199,7 @@ impl Acceptor<'_> {
     /// Reads what those who wait have said, and serves those who have said enough.
     fn listen_to_waiting(&mut self) {
         for mut waiting in std::mem::take(&mut self.waiting) {
-            if let Err(cause) = waiting.listen() {
+            if let Err(cause) = waiting.listen().map_err(|cause| waiting.connection.explain(cause)) {
                 let reason = match &cause {
                     Cause::Wire { source, .. } => source.to_string(),
                     other => other.to_string(),

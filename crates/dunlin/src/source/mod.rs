@@ -156,6 +156,8 @@ impl Shared {
             match event {
                 Event::Message(Message::Abort(abort), _) => return setup::aborted(&abort),
                 Event::Cancel => return Cause::Cancelled,
+                // What carries everything is lost as a whole, and its reader knows more.
+                Event::Lost(lost @ Cause::Command { .. }) => return lost,
                 Event::Lost(_) => return cause,
                 Event::Message(..) | Event::Worker(_) | Event::Continue => {}
             }
@@ -165,9 +167,7 @@ impl Shared {
 
     /// What ended a migration that somebody wants ended: not what became of its connections then.
     fn or_cancelled(&self, cause: Cause) -> Cause {
-        let of_link =
-            matches!(cause, Cause::Io { .. } | Cause::Closed { .. } | Cause::Silent { .. } | Cause::Wire { .. });
-        if of_link && self.stop.load(Ordering::Acquire) { Cause::Cancelled } else { cause }
+        if cause.is_of_link() && self.stop.load(Ordering::Acquire) { Cause::Cancelled } else { cause }
     }
 
     /// Why the control connection was lost: the watch knows better than the socket.

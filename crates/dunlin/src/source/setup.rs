@@ -17,6 +17,9 @@ use crate::page::{self, PageKind};
 use crate::parameters::{Integrity, MultifdCompression, Parameters, Switch};
 use crate::wire::{AbortReason, Feature, Message, Role, SessionId, Start, UNCHECKED_PAGES};
 
+/// How long what listens at an address may say nothing to the first hello.
+const SILENCE: Duration = Duration::from_secs(3);
+
 /// A data channel: its sender and its figures.
 pub(super) struct DataChannel {
     pub(super) sender: SharedSender,
@@ -146,9 +149,14 @@ pub(super) fn connect(
     let connection = Arc::new(connection);
     // Whoever sets `stop` cuts this connection, so as not to have to wait for the answer.
     *lock(&shared.greeting) = Some(connection.clone());
+    // Who is no destination often waits for more. One that is known, and a command that takes its time, may do so.
+    let silence = match (role, shared.uri.connections()) {
+        (Role::Control, Connections::Many) => timeout.min(SILENCE),
+        _ => timeout,
+    };
     let asked = Instant::now();
     let stopped = || stop.load(Ordering::Acquire);
-    let said = if stopped() { Err(Cause::Cancelled) } else { say_hello(&connection, role, session, timeout) };
+    let said = if stopped() { Err(Cause::Cancelled) } else { say_hello(&connection, role, session, silence, timeout) };
     // One that is connected again stays there, for as long as its answers are waited for.
     if role != Role::Reconnect || said.is_err() {
         lock(&shared.greeting).take();

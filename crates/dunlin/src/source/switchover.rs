@@ -416,8 +416,7 @@ pub(super) fn end_failing(
     failing: Failing<'_>,
 ) -> Result<(), Cause> {
     let left = failing.done?;
-    let link_lost =
-        matches!(cause, Cause::Io { .. } | Cause::Closed { .. } | Cause::Silent { .. } | Cause::Wire { .. });
+    let link_lost = cause.is_of_link();
     let mut told = false;
     if let Some(control) = control {
         told = send(shared, &left, Some(&cause), &mut |message| control.send(message)).is_ok() && !link_lost;
@@ -502,11 +501,7 @@ pub(super) fn tell(shared: &Shared, patience: Duration, cause: Option<&Cause>) {
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = lock(&shared.parameters).link_timeout.min(left);
         let told = Again::open(shared, session, limit).and_then(|mut again| again.settle(cause));
-        let lost = matches!(
-            told,
-            Err(Cause::Io { .. } | Cause::Closed { .. } | Cause::Silent { .. } | Cause::Wire { .. } | Cause::Uri(_))
-        );
-        if !lost {
+        if !matches!(&told, Err(cause) if cause.is_of_link()) {
             return;
         }
         if deadline.saturating_duration_since(Instant::now()) <= pause {

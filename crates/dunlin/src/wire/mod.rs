@@ -42,7 +42,7 @@ pub(crate) const VERSION: u16 = 1;
 #[non_exhaustive]
 pub enum WireError {
     /// What connected does not speak this protocol.
-    #[error("not a Dunlin migration: it began with \"{beginning}\"")]
+    #[error("not a Dunlin migration: {}it began with \"{beginning}\"", stranger(beginning))]
     NotDunlin {
         /// The first bytes, made printable.
         beginning: String,
@@ -133,4 +133,26 @@ pub enum WireError {
         /// Bytes.
         length: u32,
     },
+}
+
+/// Who it is that begins so, as far as that is known: a sentence's beginning, or nothing.
+fn stranger(beginning: &str) -> &'static str {
+    const KNOWN: [(&str, &str); 15] = [
+        ("SSH-", "this is SSH; "),
+        ("HTTP/", "this is an HTTP server; "),
+        ("GET ", "this is an HTTP client; "),
+        ("POST ", "this is an HTTP client; "),
+        ("HEAD ", "this is an HTTP client; "),
+        ("PRI * HTTP", "this is an HTTP client; "),
+        ("\\x15\\x03", "this is TLS, which refuses what it was sent; "),
+        ("\\x16\\x03", "this is TLS; "),
+        ("QEVM", "this is a migration of QEMU; "),
+        ("{\\\"QMP\\\"", "this is a QMP monitor; "),
+        ("RFB ", "this is a VNC server; "),
+        ("220 ", "this is a mail or FTP server; "),
+        ("* OK", "this is a mail server; "),
+        ("+OK", "this is a mail server; "),
+        ("-ERR", "this is a Redis or mail server; "),
+    ];
+    KNOWN.iter().find(|(known, _)| beginning.starts_with(known)).map_or("", |(_, who)| who)
 }
