@@ -1,9 +1,10 @@
 //! `tcp:HOST:PORT`.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -15,10 +16,49 @@ use crate::error::Cause;
 /// How often a connection attempt looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(50);
 
-fn resolve(uri: &Uri, host: &str, port: u16) -> Result<Vec<SocketAddr>, Cause> {
+/// How long an address to listen on may take to be found, and one to connect to even if the link may be silent for longer.
+const RESOLVE: Duration = Duration::from_secs(10);
+
+/// Finds the addresses of `host`, within `timeout`, or until `stop` becomes true.
+///
+/// The system's resolver cannot be given up: it waits for name servers for as long as it is configured to. So it runs on a
+/// thread of its own, which is left behind where it takes too long. That thread holds nothing but the name.
+fn resolve(uri: &Uri, host: &str, port: u16, timeout: Duration, stop: &AtomicBool) -> Result<Vec<SocketAddr>, Cause> {
     let error = |source| Cause::Io { doing: "resolve", target: uri.to_string(), source };
-    let addresses: Vec<_> = (host, port).to_socket_addrs().map_err(error)?.collect();
-    if addresses.is_empty() { Err(error(io::Error::from(io::ErrorKind::NotFound))) } else { Ok(addresses) }
+    let found = |addresses: Vec<SocketAddr>| match addresses.is_empty() {
+        true => Err(error(io::Error::from(io::ErrorKind::NotFound))),
+        false => Ok(addresses),
+    };
+    // Nobody has to be asked for an address in numbers.
+    if let Ok(address) = host.parse::<IpAddr>() {
+        return Ok(vec![SocketAddr::new(address, port)]);
+    }
+    let (answer, answered) = mpsc::channel();
+    let name = host.to_owned();
+    let ask = move || {
+        let addresses = (name.as_str(), port).to_socket_addrs().map(Iterator::collect::<Vec<_>>);
+        // Nobody waits any more.
+        let _ = answer.send(addresses);
+    };
+    // Never joined: it may wait for minutes.
+    let thread = std::thread::Builder::new().name("dunlin resolver".to_owned()).spawn(ask);
+    drop(thread.map_err(|e| Cause::Thread { thread: "resolver", what: format!("could not be started: {e}") })?);
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match answered.recv_timeout(left.min(LOOK)) {
+            Ok(addresses) => return found(addresses.map_err(error)?),
+            Err(_) if stop.load(Ordering::Acquire) => return Err(Cause::Cancelled),
+            Err(mpsc::RecvTimeoutError::Timeout) if !left.is_zero() => {}
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                let text = format!("no name server answered within {timeout:?}");
+                return Err(error(io::Error::new(io::ErrorKind::TimedOut, text)));
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                return Err(Cause::Thread { thread: "resolver", what: "ended without an answer".into() });
+            }
+        }
+    }
 }
 
 pub(super) fn connect(
@@ -30,7 +70,7 @@ pub(super) fn connect(
 ) -> Result<Connection, Cause> {
     let host = if host.is_empty() { "localhost" } else { host };
     let mut last = io::Error::from(io::ErrorKind::NotFound);
-    for address in resolve(uri, host, port)? {
+    for address in resolve(uri, host, port, timeout.min(RESOLVE), stop)? {
         match connect_to(address, timeout, stop) {
             Ok(socket) => {
                 let _ = sockopt::set_tcp_nodelay(&socket, true);
@@ -92,7 +132,8 @@ impl Listener {
             // Every address of both families, or of IPv4 where there is no IPv6.
             TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)))
         } else {
-            TcpListener::bind(resolve(uri, host, port)?.as_slice())
+            let stop = AtomicBool::new(false);
+            TcpListener::bind(resolve(uri, host, port, RESOLVE, &stop)?.as_slice())
         }
         .map_err(error)?;
         listener.set_nonblocking(true).map_err(error)?;
