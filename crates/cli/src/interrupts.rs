@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -10,7 +11,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
 /// What has arrived.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Interrupts {
     interrupted: Arc<AtomicBool>,
     terminated: Arc<AtomicBool>,
@@ -80,5 +81,49 @@ impl Interrupts {
             thread::sleep(left.min(Duration::from_millis(20)));
         }
         true
+    }
+}
+
+/// How often [`LastResort`] looks.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Ends the process if it has not ended by itself some time after it was asked to: for a command that writes to a terminal,
+/// which may never take what is written. Dropping it calls that off.
+#[derive(Debug)]
+pub struct LastResort {
+    over: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl LastResort {
+    /// Gives the process `grace` from the first of `interrupts`; then does `last`, which must not wait for anything, and ends
+    /// the process.
+    pub fn after(grace: Duration, interrupts: &Interrupts, last: impl FnOnce() + Send + 'static) -> Result<Self> {
+        let interrupts = interrupts.clone();
+        let (over, is_over) = mpsc::channel();
+        let watch = move || {
+            let goes_on = |patience| is_over.recv_timeout(patience) == Err(RecvTimeoutError::Timeout);
+            while !interrupts.arrived() {
+                if !goes_on(LOOK) {
+                    return;
+                }
+            }
+            if goes_on(grace) {
+                last();
+                std::process::exit(1);
+            }
+        };
+        let thread = thread::Builder::new().name("last resort".to_owned()).spawn(watch);
+        let thread = thread.context("could not start a thread")?;
+        Ok(Self { over: Some(over), thread: Some(thread) })
+    }
+}
+
+impl Drop for LastResort {
+    fn drop(&mut self) {
+        self.over.take();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }

@@ -207,7 +207,7 @@ fn metrics_of_a_running_migration() {
 }
 
 /// A terminal: its master side, and the slave side for a process.
-fn terminal() -> (fs::File, Stdio, Stdio) {
+fn terminal() -> (fs::File, fs::File, fs::File) {
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
     let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
     grantpt(&master).unwrap();
@@ -216,7 +216,7 @@ fn terminal() -> (fs::File, Stdio, Stdio) {
     let slave = fs::File::options().read(true).write(true).open(name).unwrap();
     let size = rustix::termios::Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
     rustix::termios::tcsetwinsize(&slave, size).unwrap();
-    (master.into(), slave.try_clone().unwrap().into(), slave.into())
+    (master.into(), slave.try_clone().unwrap(), slave)
 }
 
 #[test]
@@ -263,6 +263,131 @@ fn the_screen_is_left_as_it_was() {
         let after = rustix::termios::tcgetattr(&master).unwrap();
         assert_eq!(after.local_modes, before.local_modes, "the terminal is as it was");
         assert_eq!(source.report().unwrap().status, Status::Active, "the migration goes on");
+    }
+    source.execute("migrate_cancel", json!({}));
+    source.ended();
+}
+
+/// Time on processors that a process has used, in ticks of a hundredth of a second.
+fn ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+/// `dunlin` with `arguments` on a terminal of its own, which has shown `wanted`; with it the terminal's master side.
+fn on_a_terminal(arguments: &[&str], wanted: &str) -> (std::process::Child, fs::File) {
+    let (mut master, input, output) = terminal();
+    let child = Command::new(DUNLIN)
+        .args(arguments)
+        .env("TERM", "xterm-256color")
+        .stdin(input)
+        .stderr(output.try_clone().unwrap())
+        .stdout(output)
+        .spawn()
+        .unwrap();
+    let mut shown = String::new();
+    until("something is shown", PATIENCE, || {
+        let mut buffer = [0; 4096];
+        let read = master.read(&mut buffer).unwrap();
+        shown.push_str(&text(&buffer[..read]));
+        shown.contains(wanted).then_some(())
+    });
+    (child, master)
+}
+
+/// The terminal of ssh or tmux closes, and no signal comes of it, as for a process that has another terminal or none to be
+/// controlled by. Also with a key half spelt.
+#[test]
+fn a_terminal_that_goes_away_ends_what_is_on_it() {
+    let _turn = turn();
+    let directory = tempfile::tempdir().unwrap();
+    let source = Machine::source(directory.path(), "16M", "idle", &[]);
+    source.connect();
+    for (arguments, wanted) in
+        [(["watch", "--qmp", &qmp(&source)], "q leaves"), (["monitor", "--qmp", &qmp(&source)], "(dunlin) ")]
+    {
+        for before in [&b""[..], b"\x1b[", b"x"] {
+            let (mut child, mut master) = on_a_terminal(&arguments, wanted);
+            master.write_all(before).unwrap();
+            drop(master);
+            let ended = until(&format!("{arguments:?} ends"), Duration::from_secs(20), || {
+                let ended = child.try_wait().unwrap();
+                if ended.is_none() && ticks(child.id()) > 500 {
+                    child.kill().unwrap();
+                    panic!("{arguments:?} has used five seconds of a processor on a terminal that is not there");
+                }
+                ended
+            });
+            assert!(!ended.success(), "{arguments:?}: {ended}");
+        }
+    }
+}
+
+/// A migration goes on without its terminal, and can still be ended.
+#[test]
+fn a_migration_whose_terminal_goes_away() {
+    use rustix::process::{Pid, Signal, kill_process};
+    let _turn = turn();
+    let directory = tempfile::tempdir().unwrap();
+    let source = Machine::source(directory.path(), "64M", "idle", &[]);
+    let destination = Machine::destination(directory.path(), "64M");
+    let arguments = ["migrate", "--qmp", &qmp(&source), &destination.address(), "--set", "max-bandwidth=1M/s"];
+    source.connect();
+    let (mut child, master) = on_a_terminal(&arguments, "round 1");
+    drop(master);
+    let before = ticks(child.id());
+    thread::sleep(Duration::from_secs(1));
+    assert!(child.try_wait().unwrap().is_none(), "it goes on");
+    assert!(ticks(child.id()) - before < 50, "and waits for the migration, not for the terminal");
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    let ended = until("it ends", PATIENCE, || child.try_wait().unwrap());
+    assert!(!ended.success());
+    assert_eq!(source.ended().status, Status::Cancelled);
+}
+
+/// SIGHUP and SIGTERM end it, on a terminal that shows everything and on one that takes nothing any more.
+#[test]
+fn what_is_on_a_terminal_ends_when_it_is_told_to() {
+    use rustix::process::{Pid, Signal, kill_process};
+    let _turn = turn();
+    let directory = tempfile::tempdir().unwrap();
+    let source = Machine::source(directory.path(), "256M", BUSY, &[]);
+    let destination = Machine::destination(directory.path(), "256M");
+    source.set(json!({"max-bandwidth": 1 << 20}));
+    source.migrate(&destination.address());
+    for signal in [Signal::HUP, Signal::TERM] {
+        for reads_on in [true, false] {
+            for (arguments, wanted) in [
+                (["watch", "--qmp", &qmp(&source)], "the migration goes on"),
+                (["monitor", "--qmp", &qmp(&source)], "(dunlin) "),
+            ] {
+                let (mut child, master) = on_a_terminal(&arguments, wanted);
+                let reader = reads_on.then(|| {
+                    let mut master = master.try_clone().unwrap();
+                    thread::spawn(move || {
+                        let mut buffer = [0; 4096];
+                        while let Ok(1..) = master.read(&mut buffer) {}
+                    })
+                });
+                if !reads_on {
+                    // As Ctrl-S does: from here on what is written is not taken.
+                    let name = rustix::pty::ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
+                    let slave = fs::File::options().read(true).write(true).open(name).unwrap();
+                    rustix::termios::tcflow(&slave, rustix::termios::Action::OOff).unwrap();
+                    // Something to write comes soon.
+                    thread::sleep(Duration::from_millis(500));
+                }
+                kill_process(Pid::from_child(&child), signal).unwrap();
+                until(&format!("{arguments:?} ends by {signal:?}"), Duration::from_secs(20), || {
+                    child.try_wait().unwrap()
+                });
+                drop(master);
+                if let Some(reader) = reader {
+                    reader.join().unwrap();
+                }
+            }
+        }
     }
     source.execute("migrate_cancel", json!({}));
     source.ended();

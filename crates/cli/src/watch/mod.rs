@@ -2,6 +2,7 @@
 
 mod charts;
 mod figures;
+mod keys;
 mod poller;
 mod screen;
 mod terminal_screen;
@@ -21,7 +22,7 @@ use self::theme::Theme;
 use crate::Outcome;
 use crate::args::Watch;
 use crate::following;
-use crate::interrupts::Interrupts;
+use crate::interrupts::{Interrupts, LastResort};
 use crate::progress::Progress;
 use crate::recording::Recorder;
 use crate::series::Series;
@@ -29,8 +30,12 @@ use crate::terminal;
 
 /// How often the screen is drawn anew.
 const INTERVAL: Duration = Duration::from_millis(100);
+/// How long a terminal that takes no output may hold up the end once it was asked for.
+const GRACE: Duration = Duration::from_secs(2);
 
 pub fn watch(args: &Watch, interrupts: &Interrupts) -> Result<Outcome> {
+    // To the end: what is said after the screen has gone may be taken by nobody as well.
+    let _last_resort = LastResort::after(GRACE, interrupts, terminal_screen::forget)?;
     let machine = args.qmp.to_string();
     let recorder = args.record.as_ref().map(|path| Recorder::create(path, &machine)).transpose()?;
     let pace = if recorder.is_some() { Pace::Recording } else { Pace::Screen };

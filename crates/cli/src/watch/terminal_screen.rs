@@ -1,15 +1,23 @@
 //! The terminal: taken over, drawn on, read from, and given back as it was, whatever happens.
+//!
+//! Keys are read here and not by crossterm: its loop takes the end of the terminal, and every error, for "nothing yet",
+//! and so never ends once the terminal has gone away.
 
-use std::io::{self, Stdout};
+use std::fs::File;
+use std::io::{self, IsTerminal, Stdin, Stdout};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use ratatui::backend::CrosstermBackend;
 use ratatui::crossterm::cursor::Show;
-use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use ratatui::crossterm::execute;
 use ratatui::crossterm::terminal::{EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode};
 use ratatui::{Frame, Terminal};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+use super::keys;
 
 /// What was pressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,48 +32,47 @@ pub enum Key {
 #[derive(Debug)]
 pub struct TerminalScreen {
     terminal: Terminal<CrosstermBackend<Stdout>>,
+    keyboard: Keyboard,
 }
 
 impl TerminalScreen {
     pub fn open() -> Result<Self> {
         let open = || {
+            let keyboard = Keyboard::open()?;
             enable_raw_mode()?;
             execute!(io::stdout(), EnterAlternateScreen)?;
-            Terminal::new(CrosstermBackend::new(io::stdout()))
+            Ok(Self { terminal: Terminal::new(CrosstermBackend::new(io::stdout()))?, keyboard })
         };
-        match open() {
-            Ok(terminal) => Ok(Self { terminal }),
-            Err(error) => {
-                give_back();
-                Err(error).context("could not take over the terminal; without one, lines are printed")
-            }
-        }
+        open().map_err(|error: io::Error| {
+            give_back();
+            anyhow::Error::new(error).context("could not take over the terminal; without one, lines are printed")
+        })
     }
 
+    /// Draws, unless the terminal takes nothing at present: a picture that is not seen is not missed.
     pub fn draw(&mut self, draw: impl FnOnce(&mut Frame<'_>)) -> Result<()> {
-        self.terminal.draw(draw).context("could not draw on the terminal")?;
+        if takes_output(io::stdout().as_fd()).context("could not draw on the terminal")? {
+            self.terminal.draw(draw).context("could not draw on the terminal")?;
+        }
         Ok(())
     }
 
-    /// Waits for a key that means something, or for a screen of another size, but not for longer than `patience`.
+    /// Waits for a key that means something, but not for longer than `patience`.
+    ///
+    /// # Errors
+    /// When the terminal has gone away.
     pub fn key(&self, patience: Duration) -> Result<Key> {
         let deadline = Instant::now() + patience;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if !event::poll(left).context("could not read from the terminal")? {
-                return Ok(Key::None);
-            }
-            match event::read().context("could not read from the terminal")? {
-                Event::Key(key) if key.kind != KeyEventKind::Release => {
-                    let is_ctrl_c = key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL);
-                    if is_ctrl_c || matches!(key.code, KeyCode::Char('q' | 'Q') | KeyCode::Esc) {
-                        return Ok(Key::Leave);
-                    }
-                }
-                Event::Resize(..) => return Ok(Key::None),
-                _ => {}
+        let mut bytes = [0; 1024];
+        while self.keyboard.has_something(deadline.saturating_duration_since(Instant::now()))? {
+            match rustix::io::read(self.keyboard.fd(), &mut bytes) {
+                Ok(0) | Err(Errno::IO | Errno::NXIO) => bail!("the terminal has gone away"),
+                Ok(read) if keys::leaves(bytes.get(..read).unwrap_or_default()) => return Ok(Key::Leave),
+                Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(error) => return Err(error).context("could not read from the terminal"),
             }
         }
+        Ok(Key::None)
     }
 }
 
@@ -76,7 +83,63 @@ impl Drop for TerminalScreen {
 }
 
 fn give_back() {
-    // There is nothing to be done about a terminal that has gone.
-    let _ = execute!(io::stdout(), LeaveAlternateScreen, Show);
+    // There is nothing to be done about a terminal that has gone, and nothing to be written to one that takes nothing.
+    if takes_output(io::stdout().as_fd()).unwrap_or(false) {
+        let _ = execute!(io::stdout(), LeaveAlternateScreen, Show);
+    }
     let _ = disable_raw_mode();
+}
+
+/// Gives the terminal back as far as that can be done without writing to it.
+pub fn forget() {
+    let _ = disable_raw_mode();
+}
+
+/// Whether `terminal` would take some output now.
+fn takes_output(terminal: BorrowedFd<'_>) -> io::Result<bool> {
+    let ready = ready(terminal, PollFlags::OUT, Duration::ZERO)?;
+    if ready.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
+        return Err(io::Error::new(io::ErrorKind::BrokenPipe, "the terminal has gone away"));
+    }
+    Ok(ready.contains(PollFlags::OUT))
+}
+
+fn ready(fd: BorrowedFd<'_>, wanted: PollFlags, patience: Duration) -> io::Result<PollFlags> {
+    let mut fds = [PollFd::from_borrowed_fd(fd, wanted)];
+    match poll(&mut fds, Some(&Timespec::try_from(patience).map_err(io::Error::other)?)) {
+        // A signal: whoever waits looks at what it was about.
+        Err(Errno::INTR) => Ok(PollFlags::empty()),
+        Err(error) => Err(error.into()),
+        Ok(_) => {
+            let [of] = &fds;
+            Ok(of.revents())
+        }
+    }
+}
+
+/// What keys come from: standard input, or where that is something else, the terminal of the session.
+#[derive(Debug)]
+enum Keyboard {
+    Input(Stdin),
+    Terminal(File),
+}
+
+impl Keyboard {
+    fn open() -> io::Result<Self> {
+        let input = io::stdin();
+        if input.is_terminal() { Ok(Self::Input(input)) } else { File::open("/dev/tty").map(Self::Terminal) }
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Input(input) => input.as_fd(),
+            Self::Terminal(file) => file.as_fd(),
+        }
+    }
+
+    /// Waits until there is something to read, the terminal's end included.
+    fn has_something(&self, patience: Duration) -> Result<bool> {
+        let ready = ready(self.fd(), PollFlags::IN, patience).context("could not read from the terminal")?;
+        Ok(!ready.is_empty())
+    }
 }
