@@ -7,6 +7,9 @@
 
 mod common;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Machine, turn};
@@ -129,4 +132,80 @@ fn no_counter_goes_back() {
     }
     println!("{looks} looks, in {growing} of them something had gone since the guest was stopped");
     assert!(growing > 10, "{growing} of {looks}");
+}
+
+/// What is missing of an answer with this status.
+fn missing(info: &Value) -> Vec<&'static str> {
+    let wanted: &[&'static str] = match info["status"].as_str() {
+        None => &[],
+        Some("setup" | "active" | "pre-switchover" | "device" | "cancelling") => {
+            &["total-time", "setup-time", "ram", "expected-downtime"]
+        }
+        Some("completed") => &["total-time", "setup-time", "ram", "downtime"],
+        Some("failed" | "cancelled") => &["total-time", "setup-time", "ram", "error-desc"],
+        Some(other) => panic!("{other}"),
+    };
+    wanted.iter().copied().filter(|member| info[*member].is_null()).collect()
+}
+
+/// Every answer of every moment has all that its status calls for, on both sides: of migrations that complete, that are
+/// cancelled and that fail.
+#[test]
+fn no_answer_is_short_of_anything() {
+    let _turn = turn();
+    for end in ["completed", "completed", "completed", "cancelled", "failed"] {
+        let directory = tempfile::tempdir().unwrap();
+        let destination = Machine::destination(directory.path(), "32M");
+        let source = Machine::source(directory.path(), "32M", "pattern=uniform,rate=2M/s,working-set=4M", &[]);
+        let over = Arc::new(AtomicBool::new(false));
+        let askers = [&source, &destination].map(|machine| {
+            let (mut client, over, name) = (machine.connect(), over.clone(), machine.name);
+            thread::spawn(move || {
+                let (mut asked, mut short) = (0u64, Vec::new());
+                while !over.load(Ordering::Acquire) {
+                    let Ok(info) = client.execute("query-migrate", json!({})) else { break };
+                    asked += 1;
+                    let missing = missing(&info);
+                    // A destination waits for a guest somewhere.
+                    let is_lost =
+                        name == "destination" && info["status"] == "setup" && info["socket-address"].is_null();
+                    // What moved with the guest stopped has moved when it runs there.
+                    let still = &info["ram"]["downtime-bytes"];
+                    let unmoved = info["status"] == "completed" && still.as_u64().unwrap() == 0;
+                    if !missing.is_empty() || is_lost || unmoved {
+                        short.push(format!("{name}: without {missing:?}: {info}"));
+                    }
+                }
+                (asked, short)
+            })
+        });
+        if end != "completed" {
+            source.set(json!({"max-bandwidth": 4 << 20}));
+        }
+        source.migrate(&destination.address());
+        match end {
+            "cancelled" => {
+                source.execute("migrate_cancel", json!({}));
+            }
+            "failed" => {
+                common::until("it moves", common::PATIENCE, || {
+                    source.report().filter(|report| report.ram.transferred_bytes > 1 << 20)
+                });
+                destination.kill();
+            }
+            _ => drop(destination.completed()),
+        }
+        assert_eq!(source.ended().status.to_string(), end);
+        if end == "completed" {
+            common::until("Done", common::PATIENCE, || {
+                destination.report().filter(|report| report.cpu_seconds.source.is_some())
+            });
+        }
+        over.store(true, Ordering::Release);
+        for asker in askers {
+            let (asked, short) = asker.join().unwrap();
+            println!("{end}: {asked} answers");
+            assert!(short.is_empty(), "{} of {asked} answers: {}", short.len(), short[0]);
+        }
+    }
 }

@@ -83,7 +83,8 @@ pub struct Report {
     /// Of these, until the first page.
     pub setup_seconds: f64,
     /// vCPUs stopped at the source to vCPUs running at the destination; on a failed switchover, to running at the
-    /// source again. Zero while neither has happened.
+    /// source again. Zero while neither has happened. The destination's is its own reckoning, short of a message's way, until
+    /// the source's figure comes.
     pub downtime_seconds: f64,
     /// The ceiling asked for.
     pub downtime_limit_seconds: f64,
@@ -242,12 +243,20 @@ impl DowntimeParts {
     /// How many there are.
     pub(crate) const COUNT: usize = 6;
 
-    /// As they travel.
-    pub(crate) fn to_nanoseconds(self) -> [u64; Self::COUNT] {
+    /// The downtime that they add up to.
+    pub(crate) fn total_seconds(self) -> f64 {
+        self.to_seconds().into_iter().sum()
+    }
+
+    fn to_seconds(self) -> [f64; Self::COUNT] {
         let Self { pause_seconds, wait_seconds, ram_seconds, device_state_seconds, load_seconds, handover_seconds } =
             self;
         [pause_seconds, wait_seconds, ram_seconds, device_state_seconds, load_seconds, handover_seconds]
-            .map(|seconds| (seconds * 1e9) as u64)
+    }
+
+    /// As they travel.
+    pub(crate) fn to_nanoseconds(self) -> [u64; Self::COUNT] {
+        self.to_seconds().map(|seconds| (seconds * 1e9) as u64)
     }
 
     /// From how they travel; `None` where the source did not know them.

@@ -30,6 +30,7 @@ const RELEASE: u16 = 9;
 /// A Release, the longest message of the handover that answers another.
 const MESSAGE: u64 = 64;
 const RUNNING: u16 = 10;
+const DONE: u16 = 11;
 
 /// What a machine has seen of the engine.
 #[derive(Debug, Default)]
@@ -298,7 +299,7 @@ fn of_a_migration_that_completes() {
         let here = source.wait();
         let total = began.elapsed().as_secs_f64();
         assert_eq!(here.status, Status::Completed, "{:?}", here.error);
-        until("Done", || pair.destination.report().downtime_parts.is_some());
+        until("Done", || pair.destination.report().cpu_seconds.source.is_some());
         let there = pair.destination.report();
         pair.to.guest.stop().unwrap();
 
@@ -393,7 +394,7 @@ fn of_a_single_connection() {
     drop(stream);
     let here = source.wait();
     assert_eq!(here.status, Status::Completed, "{:?}", here.error);
-    until("Done", || pair.destination.report().downtime_parts.is_some());
+    until("Done", || pair.destination.report().cpu_seconds.source.is_some());
     let there = pair.destination.report();
     let passed = pair.proxy.bytes(Way::ToDestination);
     for report in [&here, &there] {
@@ -432,7 +433,7 @@ fn of_a_handover_over_two_connections() {
         let here = source.wait();
         assert!(pair.proxy.harmed());
         assert!(here.status == Status::Completed && here.error.is_none(), "{moment:?}: {:?}", here.error);
-        until("Done", || pair.destination.report().downtime_parts.is_some());
+        until("Done", || pair.destination.report().cpu_seconds.source.is_some());
         let there = pair.destination.report();
         assert!(there.status == Status::Completed && there.error.is_none(), "{moment:?}: {:?}", there.error);
         assert_eq!((here.guest, there.guest), (GuestPlace::RunningAtDestination, GuestPlace::RunningAtDestination));
@@ -458,6 +459,37 @@ fn of_a_handover_over_two_connections() {
         assert!((sum(&parts) - sum(&there.downtime_parts.unwrap())).abs() < 1e-6);
         assert!(here.downtime_seconds <= here.total_seconds && here.cpu_seconds.destination.is_some());
         pair.to.machine.verify().unwrap();
+    }
+}
+
+/// The source measures how long the guest stood still, and says so last of all. A destination that never hears it knows it
+/// all the same, from the moment at which it says that the guest is here; also when a person has decided that it is.
+#[test]
+fn of_a_destination_that_is_never_told_the_end() {
+    let set = parameters(&[("handover-timeout", "1s")]);
+    for moment in [Moment::Before(DONE), Moment::Before(RELEASE)] {
+        let pair = pair(32 * MIB, WORKLOAD, &set, moment, Harm::CutForGood);
+        let source = Source::start(&pair.from.guest, &pair.proxy.uri, &set).unwrap();
+        let here = source.wait();
+        assert!(pair.proxy.harmed());
+        if moment == Moment::Before(RELEASE) {
+            assert_eq!((here.status, here.guest), (Status::Failed, GuestPlace::Undecided));
+            until("the destination has lost it", || pair.destination.report().error.is_some());
+            pair.destination.take_over().unwrap();
+        }
+        until("it is here", || pair.destination.report().status == Status::Completed);
+        let there = pair.destination.report();
+        assert_eq!(there.cpu_seconds.source, None, "what Done says is not known");
+        let (_, paused) = pair.from.seen(|seen| seen.paused.unwrap());
+        let resumed = pair.to.seen(|seen| seen.resumed.unwrap());
+        let still = resumed.duration_since(paused).as_secs_f64();
+        // The offer's way, and what a busy host makes of it, is not in it.
+        let slack = 0.05 + still * 0.2;
+        let found = there.downtime_seconds;
+        assert!((found - still).abs() < slack, "{moment:?}: {found} of {still} s");
+        let parts = there.downtime_parts.unwrap();
+        assert!((sum(&parts) - found).abs() < 1e-6, "{parts:?} of {found} s");
+        assert!(parts.ram_seconds > 0.0 && parts.handover_seconds > 0.0, "{parts:?}");
     }
 }
 

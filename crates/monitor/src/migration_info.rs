@@ -111,8 +111,8 @@ fn members(report: &Report) -> Map<String, Value> {
     info
 }
 
-/// How long the guest has stood still, or nothing where this side does not know: the source measures it, and tells the
-/// destination last of all, if it still can.
+/// How long the guest has stood still, or nothing where this side does not know: a destination knows it from the moment at
+/// which the guest is there.
 pub(crate) fn downtime_seconds(report: &Report) -> Option<f64> {
     let is_known = report.side == Side::Source || report.downtime_parts.is_some() || report.downtime_seconds > 0.0;
     is_known.then_some(report.downtime_seconds)

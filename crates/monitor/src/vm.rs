@@ -266,14 +266,21 @@ impl Vm {
     /// The latest migration in QEMU's fields and units.
     pub(crate) fn migration_info(&self) -> Value {
         let in_force = self.state().in_force.clone();
-        migration_info::migration_info(self.report().as_ref(), self.listening_on().as_ref(), &in_force)
+        let report = self.report();
+        // Of one look: an answer that says `setup` also says where.
+        let listening_on = self.latest_listens_on(report.as_ref());
+        migration_info::migration_info(report.as_ref(), listening_on.as_ref(), &in_force)
     }
 
     /// Where a migration in is listened for, while one can still come.
     pub fn listening_on(&self) -> Option<Uri> {
+        self.latest_listens_on(self.report().as_ref())
+    }
+
+    fn latest_listens_on(&self, report: Option<&Report>) -> Option<Uri> {
         match self.latest() {
             Latest::Incoming(destination)
-                if destination.is_listening() && destination.report().status != Status::Completed =>
+                if destination.is_listening() && report.is_some_and(|report| report.status != Status::Completed) =>
             {
                 Some(destination.local_uri().clone())
             }

@@ -27,7 +27,7 @@ use crate::handover::DestinationState;
 use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
 use crate::memory::PAGE_SIZE;
 use crate::parameters::{ParameterError, Parameters};
-use crate::report::{Report, Status};
+use crate::report::{DowntimeParts, Report, Status};
 use crate::wire::{Message, SessionId};
 
 /// What the session's thread hears.
@@ -64,6 +64,8 @@ struct Shared {
     parameters: Mutex<Parameters>,
     local_uri: Uri,
     session: Mutex<Option<Current>>,
+    /// What the downtime was made of when everything was here, and when that was.
+    ready: Mutex<Option<(DowntimeParts, Instant)>>,
     /// When the present or latest session began.
     began: Mutex<Option<Instant>>,
     phase: Mutex<Phase>,
@@ -122,6 +124,11 @@ impl Shared {
         report.total_seconds = lock(&self.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
         report.error = None;
         report.not_converging = None;
+        // Until the source says it exactly, which it may not live to do.
+        let (parts, ready) = lock(&self.ready).unwrap_or_else(|| (DowntimeParts::default(), Instant::now()));
+        let parts = DowntimeParts { handover_seconds: ready.elapsed().as_secs_f64(), ..parts };
+        report.downtime_seconds = parts.total_seconds();
+        report.downtime_parts = Some(parts);
         self.change_status(&mut report, Status::Completed);
         self.changed.notify_all();
     }
@@ -224,6 +231,7 @@ impl Destination {
             parameters: Mutex::new(parameters.clone()),
             local_uri: listener.local_uri(),
             session: Mutex::default(),
+            ready: Mutex::default(),
             began: Mutex::default(),
             phase: Mutex::new(Phase::Setup),
             report: Mutex::new(report),

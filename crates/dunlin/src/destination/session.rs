@@ -86,6 +86,8 @@ pub(super) struct Session<'a> {
     channels_due: Instant,
     device_state: DeviceState,
     offer: Option<Offer>,
+    /// When the offer came.
+    offered: Option<Instant>,
     running: Running,
     epoch: u64,
     /// What ended it.
@@ -122,6 +124,7 @@ impl<'a> Session<'a> {
             channels_due: Instant::now() + link_timeout,
             device_state: DeviceState::default(),
             offer: None,
+            offered: None,
             running: Running { load: Duration::ZERO, resume: Duration::ZERO, cpu: Duration::ZERO, epoch: 1 },
             epoch: 1,
             cause: None,
@@ -163,6 +166,7 @@ impl<'a> Session<'a> {
         // Held all the while: nobody sees half of this.
         let mut report = lock(&self.shared.report);
         *lock(&self.shared.began) = Some(Instant::now());
+        *lock(&self.shared.ready) = None;
         *lock(&self.shared.phase) = Phase::Setup;
         *lock(&self.shared.control) = Arc::default();
         lock(&self.shared.channels).clear();
@@ -315,6 +319,7 @@ impl<'a> Session<'a> {
                 self.offer = Some(offer);
                 let run = if offer.run { Resume::Run } else { Resume::StayPaused };
                 self.shared.guest.coming_runs(self.coming, run);
+                self.offered = Some(Instant::now());
                 self.load_if_complete()
             }
             Message::Release(Release { epoch, question, lease }) => {
@@ -478,6 +483,7 @@ impl<'a> Session<'a> {
         calls.call(MachineStep::Load, limit, &self.shared.cpu, move |machine| machine.load(sections))?;
         self.running.load = began.elapsed();
         lock(&self.shared.report).ram.remaining_bytes = 0;
+        self.note_parts(offer);
         self.advance(DestinationEvent::Loaded, Heard::default())
     }
 
@@ -568,6 +574,14 @@ impl<'a> Session<'a> {
             let _ = self.send(&message);
         }
         Ok(())
+    }
+
+    /// What the downtime has been made of when everything is here: the source's parts as the offer has them, the loading by
+    /// this side's clock. Short of what the offer was on its way.
+    fn note_parts(&self, offer: Offer) {
+        let parts = DowntimeParts::from_nanoseconds(offer.parts).unwrap_or_default();
+        let load_seconds = self.offered.map_or(0.0, |offered| offered.elapsed().as_secs_f64());
+        *lock(&self.shared.ready) = Some((DowntimeParts { load_seconds, ..parts }, Instant::now()));
     }
 
     /// What a state means for the report.

@@ -232,7 +232,8 @@ impl Migration<'_> {
 
         *lock(&shared.phase) = Phase::Handover;
         let run = shared.guest.leaving_run(shared.id) == Resume::Run;
-        *lock(&shared.offer) = Some(Offer { last_round: round, sections, pages: self.pages(), run });
+        let parts = lock(&shared.report).downtime_parts.unwrap_or_default().to_nanoseconds();
+        *lock(&shared.offer) = Some(Offer { last_round: round, sections, pages: self.pages(), run, parts });
         let mut out = |message: &Message| self.control.send(message);
         advance(shared, SourceEvent::Offer, Heard::default(), None, &mut out)?;
         let mut loading = true;

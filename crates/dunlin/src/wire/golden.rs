@@ -82,6 +82,7 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
                 sections: 3,
                 pages: PageCounts { zero: 100, plain: 200, delta: 300, lz4: 400, zstd: 500 },
                 run: true,
+                parts: [1, 2, 3, 4, 0, 0],
             }),
         ),
         ("ready", 7, Message::Ready(Ready { epoch: 1, question: 42 })),

@@ -122,6 +122,8 @@ pub(crate) struct Offer {
     pub(crate) pages: PageCounts,
     /// Whether the guest was running and is to run on.
     pub(crate) run: bool,
+    /// The parts of the downtime that are over, as in [`Done`].
+    pub(crate) parts: [u64; DowntimeParts::COUNT],
 }
 
 /// Destination to source: everything is here and checked. Asks whether the guest is this side's.
@@ -280,6 +282,14 @@ fn counts_in(input: &mut Reader<'_>) -> Result<PageCounts, WireError> {
     Ok(PageCounts::from_array(counts))
 }
 
+fn parts_in(input: &mut Reader<'_>) -> Result<[u64; DowntimeParts::COUNT], WireError> {
+    let mut parts = [0; DowntimeParts::COUNT];
+    for part in &mut parts {
+        *part = input.u64()?;
+    }
+    Ok(parts)
+}
+
 fn flag(value: u8) -> Result<bool, WireError> {
     match value {
         0 => Ok(false),
@@ -374,6 +384,7 @@ impl Message {
                 out.u32(offer.sections);
                 counts_out(&mut out, offer.pages);
                 out.u8(u8::from(offer.run));
+                offer.parts.into_iter().for_each(|part| out.u64(part));
             }
             Self::Running(running) => {
                 out.u64(duration_out(running.load));
@@ -466,6 +477,7 @@ impl Message {
                 sections: input.u32()?,
                 pages: counts_in(&mut input)?,
                 run: flag(input.u8()?)?,
+                parts: parts_in(&mut input)?,
             }),
             FrameType::Ready => Self::Ready(Ready { epoch: input.u64()?, question: input.u64()? }),
             FrameType::Release => Self::Release(Release {
@@ -481,13 +493,7 @@ impl Message {
             }),
             FrameType::Done => Self::Done(Done {
                 downtime: Duration::from_nanos(input.u64()?),
-                parts: {
-                    let mut parts = [0; DowntimeParts::COUNT];
-                    for part in &mut parts {
-                        *part = input.u64()?;
-                    }
-                    parts
-                },
+                parts: parts_in(&mut input)?,
                 cpu: Duration::from_nanos(input.u64()?),
             }),
             FrameType::Abort => Self::Abort(Abort {

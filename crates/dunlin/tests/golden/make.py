@@ -92,7 +92,7 @@ CASES = {
     "mark": frame(4, 3, struct.pack("<I", 9)),
     "mark-ack": frame(5, 4, struct.pack("<IB", 9, 3)),
     "section": frame(6, 5, struct.pack("<IIBQQ", 1, 2, 1, 7, 6) + name("vcpu") + b"sta"),
-    "offer": frame(7, 6, struct.pack("<IIQQQQQB", 4, 3, 100, 200, 300, 400, 500, 1)),
+    "offer": frame(7, 6, struct.pack("<IIQQQQQBQQQQQQ", 4, 3, 100, 200, 300, 400, 500, 1, 1, 2, 3, 4, 0, 0)),
     "ready": frame(8, 7, struct.pack("<QQ", 1, 42)),
     "release": frame(9, 8, struct.pack("<QQQ", 1, 42, 7_500_000_000)),
     "running": frame(10, 9, struct.pack("<QQQQ", 1000, 2000, 3000, 2)),

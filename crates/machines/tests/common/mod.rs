@@ -110,7 +110,7 @@ pub fn move_guest(from: &Side, to: &Side, uri: &str, parameters: &Parameters) ->
     let there = destination.wait();
     assert_eq!(there.status, Status::Completed, "{:?}", there.error);
     assert!(!from.guest.is_running());
-    until("the destination knows the end", || destination.report().downtime_seconds > 0.0);
+    until("the destination knows the end", || destination.report().cpu_seconds.source.is_some());
     (report, destination.report())
 }
 
