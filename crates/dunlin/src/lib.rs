@@ -32,6 +32,7 @@ mod link;
 mod page;
 mod source;
 mod throttle;
+mod to_go;
 mod wire;
 
 pub use channel::{Uri, UriError};

@@ -275,8 +275,13 @@ impl DowntimeParts {
 pub struct RamReport {
     /// The guest's RAM.
     pub total_bytes: u64,
-    /// RAM that is dirty and not yet sent.
+    /// RAM that is still to go: what of the present round is not known to have arrived, and an estimate, by the latest
+    /// rates, of what the guest has dirtied again of the rest. It is 0 only when nothing was dirty at the last look, and when
+    /// all has arrived.
     pub remaining_bytes: u64,
+    /// Of these, the RAM that belongs to the present round.
+    #[serde(default)]
+    pub round_remaining_bytes: u64,
     /// Bytes that have gone from the source to the destination on all connections, everything included.
     pub transferred_bytes: u64,
     /// Pages of 4096 bytes sent or received, by the kind they travelled as.

@@ -232,6 +232,7 @@ mod tests {
         report.ram = RamReport {
             total_bytes: 1 << 30,
             remaining_bytes: 8192,
+            round_remaining_bytes: 8192,
             transferred_bytes: 5_000_000,
             pages: PageCounts { zero: 7, plain: 1000, ..Default::default() },
         };

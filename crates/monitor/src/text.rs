@@ -224,6 +224,7 @@ mod tests {
         report.ram = RamReport {
             total_bytes: 1 << 30,
             remaining_bytes: 0,
+            round_remaining_bytes: 0,
             transferred_bytes: 700 << 20,
             pages: PageCounts { zero: 120_000, plain: 213_000, ..PageCounts::default() },
         };

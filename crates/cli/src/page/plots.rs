@@ -88,7 +88,7 @@ fn remaining(series: &Series, report: &Report) -> Markup {
     let scale = Scale::bytes(highest(&left), "");
     let mut plot = Plot::new("remaining", "RAM to go", Scale::time(series.seconds()), scale);
     plot.describe(format!(
-        "RAM that was dirty and not yet sent: from {} to {}. Every other round is shaded, with its number above.",
+        "RAM that was to go, with what the guest is expected to have dirtied again: from {} to {}. Every other round is shaded, with its number above.",
         left.first().map_or("nothing".to_owned(), |(_, bytes)| format_size(*bytes as u64)),
         format_size(report.ram.remaining_bytes)
     ));

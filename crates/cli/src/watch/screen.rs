@@ -141,7 +141,7 @@ fn draw_body(watched: &Watched, report: &Report, frame: &mut Frame<'_>, area: Re
         Some(last) => (last.round.number.saturating_add(1), last.round.dirty_bytes),
     };
     let label = format!("Round{number:>4}");
-    frame.render_widget(progress(&label, report.ram.remaining_bytes, covered, theme, area.width), round);
+    frame.render_widget(progress(&label, report.ram.round_remaining_bytes, covered, theme, area.width), round);
     frame.render_widget(downtimes(report, theme, area.width), downtime);
 }
 

@@ -28,6 +28,7 @@ use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
 use crate::memory::PAGE_SIZE;
 use crate::parameters::{ParameterError, Parameters};
 use crate::report::{DowntimeParts, Report, Status};
+use crate::to_go::ToGo;
 use crate::wire::{Message, SessionId};
 
 /// What the session's thread hears.
@@ -75,6 +76,8 @@ struct Shared {
     channels: Mutex<Vec<(u8, Arc<ChannelCounters>)>>,
     /// Pages of all rounds that the source has told the end of.
     pages_in_rounds: AtomicU64,
+    /// The present round, as its beginning was told.
+    to_go: Mutex<ToGo>,
     cpu: Arc<CpuTime>,
     /// Written to when the acceptor has something to look at.
     wake: OwnedFd,
@@ -127,6 +130,7 @@ impl Shared {
         // Until the source says it exactly, which it may not live to do.
         let (parts, ready) = lock(&self.ready).unwrap_or_else(|| (DowntimeParts::default(), Instant::now()));
         let parts = DowntimeParts { handover_seconds: ready.elapsed().as_secs_f64(), ..parts };
+        (report.ram.remaining_bytes, report.ram.round_remaining_bytes) = (0, 0);
         report.downtime_seconds = parts.total_seconds();
         report.downtime_parts = Some(parts);
         self.change_status(&mut report, Status::Completed);
@@ -143,11 +147,10 @@ impl Shared {
         }
     }
 
-    /// Of what was dirty after the last round, or of all at first, what has come since, of `pages` in all, is not to come
-    /// any more.
-    fn remaining_bytes(&self, after_round_bytes: u64, pages: u64) -> u64 {
+    /// What is to go after `pages` in all have come.
+    fn to_go(&self, pages: u64) -> ToGo {
         let arrived = pages.saturating_sub(self.pages_in_rounds.load(Ordering::Relaxed));
-        after_round_bytes.saturating_sub(arrived.saturating_mul(PAGE_SIZE))
+        lock(&self.to_go).with_done(arrived.saturating_mul(PAGE_SIZE))
     }
 
     fn snapshot(&self) -> Report {
@@ -172,7 +175,9 @@ impl Shared {
         }
         report.fill_in_precopy(report.ram.transferred_bytes);
         if !report.status.is_final() {
-            report.ram.remaining_bytes = self.remaining_bytes(report.ram.remaining_bytes, report.ram.pages.total());
+            let to_go = self.to_go(report.ram.pages.total());
+            report.ram.remaining_bytes = to_go.bytes();
+            report.ram.round_remaining_bytes = to_go.of_round();
         }
         report.channels.sort_by_key(|channel| channel.index);
         report.cpu_seconds.destination = Some(self.cpu.total().as_secs_f64());
@@ -239,6 +244,7 @@ impl Destination {
             control: Mutex::default(),
             channels: Mutex::default(),
             pages_in_rounds: AtomicU64::new(0),
+            to_go: Mutex::new(ToGo::round(guest.machine().ram().total_bytes())),
             cpu: Arc::default(),
             wake,
             stop: AtomicBool::new(false),

@@ -25,6 +25,7 @@ use crate::link::{
 };
 use crate::parameters::Integrity;
 use crate::report::{DeltaCounts, DowntimeParts, PageCounts, Round, Status};
+use crate::to_go::{self, ToGo};
 use crate::wire::{
     Abort, AbortReason, Done, HelloReply, MarkAck, Message, Offer, Ready, Release, Role, RoundDone, Running, Section,
     SessionId, Start, UNCHECKED_PAGES,
@@ -188,7 +189,7 @@ impl<'a> Session<'a> {
         report.max_vcpu_throttle_percent.clear();
         report.delta = DeltaCounts::default();
         report.cpu_seconds = fresh.cpu_seconds;
-        report.ram.remaining_bytes = report.ram.total_bytes;
+        *lock(&self.shared.to_go) = ToGo::round(report.ram.total_bytes);
         self.shared.change_status(&mut report, Status::Active);
     }
 
@@ -432,7 +433,8 @@ impl<'a> Session<'a> {
         let pages = &self.shared.pages_in_rounds;
         let all = pages.load(std::sync::atomic::Ordering::Relaxed).saturating_add(done.pages.total());
         pages.store(all, std::sync::atomic::Ordering::Relaxed);
-        report.ram.remaining_bytes = round.dirty_bytes;
+        let ram_rate = to_go::ram_rate(done.number, done.ram_bytes, done.transferred_bytes, done.bandwidth);
+        *lock(&self.shared.to_go) = ToGo::round_beside(done.dirty_bytes, done.dirty_rate, ram_rate);
         report.bandwidth_bytes_per_second = round.bandwidth_bytes_per_second;
         report.dirty_bytes_per_second = round.dirty_bytes_per_second;
         report.predicted_downtime_seconds = Some(round.predicted_downtime_seconds);
@@ -482,7 +484,7 @@ impl<'a> Session<'a> {
         let (calls, limit) = (self.shared.guest.calls(), self.shared.switchover_limit());
         calls.call(MachineStep::Load, limit, &self.shared.cpu, move |machine| machine.load(sections))?;
         self.running.load = began.elapsed();
-        lock(&self.shared.report).ram.remaining_bytes = 0;
+        *lock(&self.shared.to_go) = ToGo::round(0);
         self.note_parts(offer);
         self.advance(DestinationEvent::Loaded, Heard::default())
     }
@@ -667,7 +669,9 @@ impl<'a> Session<'a> {
         report.total_seconds = lock(&self.shared.began).map_or(0.0, |began| began.elapsed().as_secs_f64());
         let mut pages = PageCounts::default();
         lock(&self.shared.channels).iter().for_each(|(_, counters)| pages += counters.pages());
-        report.ram.remaining_bytes = self.shared.remaining_bytes(report.ram.remaining_bytes, pages.total());
+        let to_go = self.shared.to_go(pages.total());
+        report.ram.remaining_bytes = to_go.bytes();
+        report.ram.round_remaining_bytes = to_go.of_round();
         report.error = Some((&error).into());
         self.shared.change_status(&mut report, status);
         self.shared.changed.notify_all();

@@ -191,11 +191,6 @@ impl ChunkPages {
         })
     }
 
-    /// Number of dirty pages.
-    pub(crate) fn count(&self) -> u64 {
-        self.0.iter().map(|word| u64::from(word.count_ones())).sum()
-    }
-
     fn find(&self, from: usize, wanted: bool) -> Option<usize> {
         let first = from / WORD_BITS;
         for (index, &word) in self.0.iter().enumerate().skip(first) {

@@ -1,10 +1,13 @@
 //! Dirty RAM of the whole machine: what is dirty, and how fast it becomes so.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::error::Cause;
+use crate::link::lock;
 use crate::memory::{DirtyBitmap, DirtyTracker, PAGE_SIZE, Ram};
+use crate::to_go::ToGo;
 
 /// Dirty RAM of the whole machine and when each chunk was last re-armed.
 pub(super) struct DirtyRam {
@@ -14,8 +17,7 @@ pub(super) struct DirtyRam {
     armed: Vec<Box<[AtomicU64]>>,
     last_sync: AtomicU64,
     began: Instant,
-    /// Dirty bytes not yet taken in this round.
-    pub(super) remaining_bytes: AtomicU64,
+    to_go: Mutex<ToGo>,
 }
 
 impl DirtyRam {
@@ -25,8 +27,8 @@ impl DirtyRam {
         bitmaps.iter().for_each(DirtyBitmap::set_all);
         let armed =
             bitmaps.iter().map(|b| std::iter::repeat_with(AtomicU64::default).take(b.chunks()).collect()).collect();
-        let remaining_bytes = AtomicU64::new(ram.total_bytes());
-        Self { bitmaps, tracker, armed, last_sync: AtomicU64::new(0), began: Instant::now(), remaining_bytes }
+        let to_go = Mutex::new(ToGo::round(ram.total_bytes()));
+        Self { bitmaps, tracker, armed, last_sync: AtomicU64::new(0), began: Instant::now(), to_go }
     }
 
     fn now(&self) -> u64 {
@@ -51,7 +53,7 @@ impl DirtyRam {
                 rate += bytes as f64 / (now.saturating_sub(since).max(1) as f64 / 1e9);
             }
         }
-        self.remaining_bytes.store(dirty_bytes, Ordering::Relaxed);
+        *lock(&self.to_go) = ToGo::round(dirty_bytes);
         Ok((dirty_bytes, rate as u64))
     }
 
@@ -75,7 +77,8 @@ impl DirtyRam {
             fresh_bytes = fresh_bytes.saturating_add(fresh.count().saturating_mul(PAGE_SIZE));
             dirty_bytes = dirty_bytes.saturating_add(bitmap.count().saturating_mul(PAGE_SIZE));
         }
-        self.remaining_bytes.store(dirty_bytes, Ordering::Relaxed);
+        let mut to_go = lock(&self.to_go);
+        *to_go = to_go.looked_again(dirty_bytes);
         Ok(fresh_bytes)
     }
 
@@ -86,9 +89,18 @@ impl DirtyRam {
         }
     }
 
-    /// So many dirty bytes have been taken.
-    pub(super) fn taken(&self, bytes: u64) {
-        let less = |remaining: u64| Some(remaining.saturating_sub(bytes));
-        let _ = self.remaining_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    /// How much is to go.
+    pub(super) fn to_go(&self) -> ToGo {
+        *lock(&self.to_go)
+    }
+
+    /// How much is to go in the round that begins.
+    pub(super) fn expect(&self, to_go: ToGo) {
+        *lock(&self.to_go) = to_go;
+    }
+
+    /// So many bytes that were dirty when the round began have been sent.
+    pub(super) fn sent(&self, bytes: u64) {
+        lock(&self.to_go).done(bytes);
     }
 }

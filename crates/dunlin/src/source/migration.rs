@@ -19,6 +19,7 @@ use crate::error::{Cause, MachineStep, Phase};
 use crate::guest::GuestEvent;
 use crate::link::{contain, lock};
 use crate::report::{PageCounts, Round, Status};
+use crate::to_go::{self, ToGo};
 use crate::units::format_size;
 use crate::wire::{Message, RoundDone, SessionId};
 
@@ -233,6 +234,8 @@ impl Migration<'_> {
         let speedup_when_stopped = self.contention.factor(self.shared.cpu.total());
         let fixed = PAUSE_SAVE_LOAD_RESUME + self.last_sync + round_trip * 2;
         let verdict = convergence::decide(&self.rounds, &Costs { fixed, max_bandwidth, speedup_when_stopped }, limit);
+        let ram_rate = to_go::ram_rate(number, ram_bytes, moved, verdict.bandwidth);
+        self.common.dirty.expect(ToGo::round_beside(dirty_bytes, dirty_rate, ram_rate));
         let advice = || self.auto_converge.advice(self.shared);
         let not_converging =
             verdict.not_converging.then(|| why_not(&verdict, dirty_bytes, dirty_rate, fixed, limit, &advice()));

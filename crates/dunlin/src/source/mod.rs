@@ -211,7 +211,11 @@ impl Shared {
             Err(_) => Status::Failed,
         };
         let snapshot = self.snapshot();
-        lock(&self.report).ram.remaining_bytes = snapshot.ram.remaining_bytes;
+        {
+            let mut report = lock(&self.report);
+            report.ram.remaining_bytes = snapshot.ram.remaining_bytes;
+            report.ram.round_remaining_bytes = snapshot.ram.round_remaining_bytes;
+        }
         // The tracker goes first: once the migration is over somebody else may want one. It takes its time, which nobody
         // who asks for a report must wait for.
         let common = lock(&self.common).take();
@@ -223,7 +227,7 @@ impl Shared {
         let mut report = lock(&self.report);
         report.total_seconds = self.began.elapsed().as_secs_f64();
         if status == Status::Completed {
-            report.ram.remaining_bytes = 0;
+            (report.ram.remaining_bytes, report.ram.round_remaining_bytes) = (0, 0);
             report.not_converging = None;
         }
         report.error = result.err().map(|cause| (&self.error(phase, cause)).into());
@@ -234,7 +238,7 @@ impl Shared {
 
     fn snapshot(&self) -> Report {
         // First: what there is no more of by now is in the report.
-        let remaining = lock(&self.common).as_ref().map(|common| common.dirty.remaining_bytes.load(Ordering::Relaxed));
+        let to_go = lock(&self.common).as_ref().map(|common| common.dirty.to_go());
         let transferred = self.transferred_bytes();
         let mut report = {
             // With the lock held, so that the time never goes back when the migration ends.
@@ -244,10 +248,11 @@ impl Shared {
             }
             report.clone()
         };
-        if let Some(remaining) = remaining
+        if let Some(to_go) = to_go
             && !report.status.is_final()
         {
-            report.ram.remaining_bytes = remaining;
+            report.ram.remaining_bytes = to_go.bytes();
+            report.ram.round_remaining_bytes = to_go.of_round();
         }
         report.vcpu_throttle_percent =
             if report.status.is_final() { Vec::new() } else { self.guest.throttled_for_migration() };
@@ -333,6 +338,7 @@ impl Source {
         guest.tell(GuestEvent::Migration { side: Side::Source, status: Status::Setup });
         report.ram.total_bytes = guest.machine().ram().total_bytes();
         report.ram.remaining_bytes = report.ram.total_bytes;
+        report.ram.round_remaining_bytes = report.ram.total_bytes;
         let shared = Arc::new(Shared {
             guest: guest.clone(),
             id,

@@ -18,6 +18,7 @@ use crate::link::{COUNTED_HELLO_BYTES, FrameReceiver, FrameSender, contain, lock
 use crate::machine::StateSection;
 use crate::parameters::Switch;
 use crate::report::{Round, Status};
+use crate::to_go::ToGo;
 use crate::wire::{
     Abort, AbortReason, Done, MAX_DEVICE_STATE_BYTES, MAX_NAME_BYTES, Message, Offer, Release, Role, RoundDone,
     Section, SessionId, data_checksum,
@@ -240,6 +241,7 @@ impl Migration<'_> {
         let next = || {
             let message = self.next_word();
             if matches!(message, Ok(Message::Ready(_))) && std::mem::take(&mut loading) {
+                self.common.dirty.expect(ToGo::round(0));
                 shared.note_part(|parts| &mut parts.load_seconds, clock.lap());
             }
             message

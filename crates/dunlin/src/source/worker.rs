@@ -39,6 +39,9 @@ pub(super) struct Worker {
     pub(super) frame: Frame,
     /// The bandwidth limit when the frame in the making was begun.
     pub(super) frame_rate: u64,
+    /// Bytes of the latest chunk that were dirty when the round began. They count as sent when others have been sent after
+    /// them; the last do so only at the round's end, when they have arrived.
+    pub(super) latest_bytes: u64,
     /// Of the range at hand, what is not a hole.
     pub(super) parts: Vec<Range<u64>>,
 }
@@ -52,6 +55,7 @@ impl Worker {
             None => self.clock = Some(ChannelClock::start(self.counters.clone())),
         }
         self.frame.begin(round, &self.encoder);
+        self.latest_bytes = 0;
         let mut first_chunk = 0;
         for (index, block) in common.ram.blocks().iter().enumerate() {
             let Some(bitmap) = common.dirty.bitmaps.get(index) else { continue };
@@ -86,10 +90,10 @@ impl Worker {
         }
         let start = (chunk as u64).saturating_mul(CHUNK_SIZE);
         let end = start.saturating_add(CHUNK_SIZE).min(block.size_bytes());
+        common.dirty.sent(std::mem::replace(&mut self.latest_bytes, bitmap.count_chunk(chunk) * PAGE_SIZE));
         common.dirty.tracker.rearm(index, start..end, bitmap)?;
         common.dirty.armed(index, chunk);
         let pages = bitmap.take_chunk(chunk);
-        let taken = pages.count() * PAGE_SIZE;
         for run in pages.runs() {
             let bytes = start + run.start as u64 * PAGE_SIZE..start + run.end as u64 * PAGE_SIZE;
             if round == 1 {
@@ -98,7 +102,6 @@ impl Worker {
                 self.run(index as u16, block, bytes)?;
             }
         }
-        common.dirty.taken(taken);
         Ok(())
     }
 

@@ -68,6 +68,7 @@ impl Workers {
                     source,
                 })?,
                 link: Link::default(),
+                latest_bytes: 0,
                 frame: Frame::new(
                     parameters.integrity,
                     (parameters.xbzrle == Switch::On).then(|| Versions::new(cache_bytes)),

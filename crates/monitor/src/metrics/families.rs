@@ -124,8 +124,12 @@ impl Figures<'_> {
         let Self { report, side } = *self;
         let ram = &report.ram;
         text.family("dunlin_migration_ram_bytes", Type::Gauge, "The guest's RAM.").count(&[side], ram.total_bytes);
-        text.family("dunlin_migration_ram_remaining_bytes", Type::Gauge, "RAM that is dirty and not yet sent.")
-            .count(&[side], ram.remaining_bytes);
+        text.family(
+            "dunlin_migration_ram_remaining_bytes",
+            Type::Gauge,
+            "RAM that is still to go, with what the guest is expected to have dirtied again.",
+        )
+        .count(&[side], ram.remaining_bytes);
         text.family(
             "dunlin_migration_transferred_bytes_total",
             Type::Counter,

@@ -31,6 +31,7 @@ fn report(seconds: f64, dirty_mib: u64) -> Report {
         let sent = ((seconds - begin).min(takes) * (100 * MIB) as f64) as u64;
         report.ram.transferred_bytes += sent;
         report.ram.remaining_bytes = left.saturating_sub(sent);
+        report.ram.round_remaining_bytes = report.ram.remaining_bytes;
         if begin + takes > seconds || left < MIB {
             break;
         }
