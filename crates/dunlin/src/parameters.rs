@@ -334,7 +334,7 @@ parameters! {
     max_bandwidth: u64 = "max-bandwidth", Unit::BytesPerSecond, 0, 0..=i64::MAX, Source, Live,
         "The most bytes a second that all channels together may carry; 0 is unlimited.";
     avail_switchover_bandwidth: u64 = "avail-switchover-bandwidth", Unit::BytesPerSecond, 0, 0..=i64::MAX, Source, Live,
-        "What the link will carry while the guest is stopped, for the prediction of the downtime; 0 takes what is measured.";
+        "What the link will carry while the guest is stopped: the downtime is predicted with it, and max-bandwidth does not hold it up then; 0 takes what is measured.";
     downtime_limit: Duration = "downtime-limit", Unit::Milliseconds, 300, 0..=2_000_000, Source, Live,
         "A ceiling: the guest is not stopped while its downtime is predicted to be longer.";
     multifd: Switch = "multifd", Unit::Switch, 1, 0..=1, Source, AtStart,

@@ -41,6 +41,8 @@ pub(super) struct Costs {
     pub(super) fixed: Duration,
     /// The bandwidth limit; 0 for none.
     pub(super) max_bandwidth: u64,
+    /// Bytes a second that a person says the link will carry with the guest stopped; 0 where nobody does.
+    pub(super) avail_switchover_bandwidth: u64,
     /// How much faster than measured RAM travels once the guest is stopped; see `contention`.
     pub(super) speedup_when_stopped: f64,
 }
@@ -100,10 +102,22 @@ pub(super) fn encoded_part(rounds: &[RoundFigures]) -> f64 {
 fn predict(rounds: &[RoundFigures], costs: &Costs) -> Duration {
     let dirty = rounds.last().map_or(0, |round| round.dirty_bytes);
     let dirty = (dirty as f64 * encoded_part(rounds)) as u64;
+    costs.fixed.saturating_add(duration(seconds(dirty, bandwidth_when_stopped(rounds, costs))))
+}
+
+/// Bytes a second with the guest stopped: as measured, unless a person knows better.
+fn bandwidth_when_stopped(rounds: &[RoundFigures], costs: &Costs) -> u64 {
+    if costs.avail_switchover_bandwidth > 0 {
+        return costs.avail_switchover_bandwidth;
+    }
     let measured = bandwidth(rounds, costs.max_bandwidth);
     let stopped = (measured as f64 * costs.speedup_when_stopped.max(1.0)) as u64;
-    let stopped = if costs.max_bandwidth == 0 { stopped } else { stopped.min(costs.max_bandwidth) };
-    costs.fixed.saturating_add(duration(seconds(dirty, stopped)))
+    if costs.max_bandwidth == 0 { stopped } else { stopped.min(costs.max_bandwidth) }
+}
+
+/// The bandwidth limit with the guest stopped: what a person says the link will carry then may be used.
+pub(super) fn limit_when_stopped(max_bandwidth: u64, avail_switchover_bandwidth: u64) -> u64 {
+    if max_bandwidth == 0 { 0 } else { max_bandwidth.max(avail_switchover_bandwidth) }
 }
 
 /// What to do after the last of `rounds`, of which [`MEMORY`] are enough.
@@ -127,10 +141,10 @@ pub(super) fn decide(rounds: &[RoundFigures], costs: &Costs, downtime_limit: Dur
     }
     let pays = {
         let part = encoded_part(rounds);
-        let time = |dirty_bytes: u64| seconds((dirty_bytes as f64 * part) as u64, bandwidth);
-        let now = time(last.dirty_bytes);
-        let next = time(last.dirty_bytes.min((last.dirty_rate as f64 * now) as u64));
-        let gain = duration(now - next);
+        let time = |dirty_bytes: u64, bandwidth| seconds((dirty_bytes as f64 * part) as u64, bandwidth);
+        let next = (last.dirty_rate as f64 * time(last.dirty_bytes, bandwidth)) as u64;
+        let stopped = bandwidth_when_stopped(rounds, costs);
+        let gain = duration(time(last.dirty_bytes, stopped) - time(last.dirty_bytes.min(next), stopped));
         gain > WORTH.max(predicted.mul_f64(WORTH_PART))
     };
     let below = history.iter().rev().take_while(|p| **p <= downtime_limit).count();
@@ -158,7 +172,12 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
     const LIMIT: Duration = Duration::from_millis(300);
-    const COSTS: Costs = Costs { fixed: Duration::from_millis(2), max_bandwidth: 0, speedup_when_stopped: 1.0 };
+    const COSTS: Costs = Costs {
+        fixed: Duration::from_millis(2),
+        max_bandwidth: 0,
+        avail_switchover_bandwidth: 0,
+        speedup_when_stopped: 1.0,
+    };
 
     /// A guest of `ram` with a working set of which it dirties `rate` bytes a second, uniformly, over a link of
     /// `bandwidth`: rounds until the decision, or `None` after 100.
@@ -267,5 +286,29 @@ mod tests {
         };
         let costs = Costs { fixed: Duration::ZERO, max_bandwidth: 10 * MIB, ..COSTS };
         assert_eq!(decide(&[round], &costs, LIMIT).predicted, Duration::from_secs(1));
+    }
+
+    /// As QEMU has it: what a person says of the link counts for the prediction, in either direction, and nothing that was
+    /// measured or limits the rounds.
+    #[test]
+    fn a_link_that_a_person_knows() {
+        let round = RoundFigures {
+            duration: Duration::from_secs(1),
+            ram_bytes: 1000 * MIB,
+            transferred_bytes: 1000 * MIB,
+            dirty_bytes: 100 * MIB,
+            dirty_rate: 20_000 * MIB,
+        };
+        let decided = |max_bandwidth, avail_switchover_bandwidth| {
+            let costs = Costs { fixed: Duration::ZERO, max_bandwidth, avail_switchover_bandwidth, ..COSTS };
+            let verdict = decide(&[round], &costs, LIMIT);
+            (verdict.predicted, verdict.decision)
+        };
+        let milliseconds = Duration::from_millis;
+        assert_eq!(decided(0, 0), (milliseconds(100), Decision::SwitchOver));
+        assert_eq!(decided(0, 200 * MIB), (milliseconds(500), Decision::AnotherRound));
+        assert_eq!(decided(100 * MIB, 0), (milliseconds(1000), Decision::AnotherRound));
+        assert_eq!(decided(100 * MIB, 500 * MIB), (milliseconds(200), Decision::SwitchOver));
+        assert_eq!([limit_when_stopped(0, 5), limit_when_stopped(3, 5), limit_when_stopped(5, 0)], [0, 5, 5]);
     }
 }

@@ -226,14 +226,15 @@ impl Migration<'_> {
         }
         let ram_bytes = pages.total().saturating_mul(crate::memory::PAGE_SIZE);
         self.rounds.push(RoundFigures { duration, ram_bytes, transferred_bytes: moved, dirty_bytes, dirty_rate });
-        let (limit, max_bandwidth) = {
+        let (limit, max_bandwidth, avail_switchover_bandwidth) = {
             let parameters = lock(&self.shared.parameters);
-            (parameters.downtime_limit, parameters.max_bandwidth)
+            (parameters.downtime_limit, parameters.max_bandwidth, parameters.avail_switchover_bandwidth)
         };
         let round_trip = *lock(&self.shared.round_trip);
         let speedup_when_stopped = self.contention.factor(self.shared.cpu.total());
         let fixed = PAUSE_SAVE_LOAD_RESUME + self.last_sync + round_trip * 2;
-        let verdict = convergence::decide(&self.rounds, &Costs { fixed, max_bandwidth, speedup_when_stopped }, limit);
+        let costs = Costs { fixed, max_bandwidth, avail_switchover_bandwidth, speedup_when_stopped };
+        let verdict = convergence::decide(&self.rounds, &costs, limit);
         let ram_rate = to_go::ram_rate(number, ram_bytes, moved, verdict.bandwidth);
         self.common.dirty.expect(ToGo::round_beside(dirty_bytes, dirty_rate, ram_rate));
         let advice = || self.auto_converge.advice(self.shared);

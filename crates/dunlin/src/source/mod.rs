@@ -65,6 +65,8 @@ struct Shared {
     began: Instant,
     parameters: Mutex<Parameters>,
     pacer: Arc<Pacer>,
+    /// The guest is stopped, and the bandwidth limit is what it is then.
+    paced_stopped: AtomicBool,
     /// Somebody asked for an end.
     stop: AtomicBool,
     /// The handle was dropped: nobody waits for an answer any more.
@@ -106,6 +108,22 @@ impl Shared {
         if std::mem::replace(&mut report.status, status) != status {
             self.guest.tell(GuestEvent::Migration { side: Side::Source, status });
         }
+    }
+
+    /// From here on the bandwidth limit is that for a guest that is stopped.
+    fn pace_stopped(&self) {
+        let parameters = lock(&self.parameters);
+        self.paced_stopped.store(true, Ordering::Relaxed);
+        self.pace(&parameters);
+    }
+
+    /// Sets the bandwidth limit. The parameters are locked all the while, so that the latest counts.
+    fn pace(&self, parameters: &Parameters) {
+        let Parameters { max_bandwidth, avail_switchover_bandwidth, .. } = *parameters;
+        self.pacer.set_rate(match self.paced_stopped.load(Ordering::Relaxed) {
+            true => convergence::limit_when_stopped(max_bandwidth, avail_switchover_bandwidth),
+            false => max_bandwidth,
+        });
     }
 
     /// The destination took `duration` for an answer.
@@ -347,6 +365,7 @@ impl Source {
             began: Instant::now(),
             pacer: Arc::new(Pacer::new(parameters.max_bandwidth)),
             parameters: Mutex::new(parameters.clone()),
+            paced_stopped: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
             events: Mutex::new(Some(sender.clone())),
@@ -434,8 +453,9 @@ impl Source {
     /// # Errors
     /// When one of them is not live; nothing is changed then.
     pub fn set_parameters(&self, wanted: &Parameters) -> Result<(), ParameterError> {
-        lock(&self.shared.parameters).change_live(wanted)?;
-        self.shared.pacer.set_rate(wanted.max_bandwidth);
+        let mut parameters = lock(&self.shared.parameters);
+        parameters.change_live(wanted)?;
+        self.shared.pace(&parameters);
         Ok(())
     }
 

@@ -221,6 +221,7 @@ impl Migration<'_> {
             shared.begin_switchover();
         }
         shared.set_phase(Phase::Switchover, Status::Device);
+        shared.pace_stopped();
         shared.guest.tell(GuestEvent::Pass { number: round });
         let predicted_downtime = lock(&shared.report).predicted_downtime_seconds.unwrap_or_default();
         let dirty_rate = lock(&shared.report).dirty_bytes_per_second;

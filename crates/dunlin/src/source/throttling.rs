@@ -322,7 +322,12 @@ mod tests {
 
         /// Rounds until the guest can be stopped, or none after so many; and how long they take.
         fn converge(&mut self, link: f64, most_rounds: usize) -> Option<(usize, f64)> {
-            let costs = Costs { fixed: Duration::from_millis(2), max_bandwidth: 0, speedup_when_stopped: 1.0 };
+            let costs = Costs {
+                fixed: Duration::from_millis(2),
+                max_bandwidth: 0,
+                avail_switchover_bandwidth: 0,
+                speedup_when_stopped: 1.0,
+            };
             let limit = Duration::from_millis(300);
             let (mut rounds, mut to_send, mut took) = (Vec::new(), 1024.0 * MIB, 0.0);
             for number in 1..=most_rounds {
