@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use super::bounds::{self, Dirtied, Rates, Samples};
 use super::{DirtyRateError, DirtyRateMode, DirtyRateRequest};
 use crate::error::{Cause, GuestError, MachineStep};
 use crate::guest::Calls;
@@ -15,11 +16,20 @@ use crate::wire::data_checksum;
 /// How long the machine may take to make a tracker.
 const TRACKER_LIMIT: Duration = Duration::from_secs(10);
 const GIB: u64 = 1 << 30;
+/// Windows that a measurement is divided into, to tell a guest that writes the same pages again and again from one that
+/// writes other ones.
+const WINDOWS: u32 = 8;
+/// At most this part of a window goes into looking.
+const LOOKING_PART: u32 = 4;
 
 /// What came out.
 #[derive(Debug, PartialEq)]
 pub(super) struct Measured {
-    pub(super) bytes_per_second: u64,
+    pub(super) rates: Rates,
+    /// The shortest time that was looked at.
+    pub(super) window: Duration,
+    /// Where pages are sampled.
+    pub(super) samples: Option<Samples>,
     /// Of each vCPU, if they can be told apart.
     pub(super) vcpus: Vec<u64>,
 }
@@ -81,10 +91,6 @@ fn wait(time: Duration, gone: &Receiver<()>) -> bool {
     gone.recv_timeout(time) == Err(RecvTimeoutError::Timeout)
 }
 
-fn a_second(bytes: u64, took: Duration) -> u64 {
-    (bytes as f64 / took.as_secs_f64().max(1e-9)) as u64
-}
-
 /// Lets all that is written be seen, and counts it a while later.
 fn track(
     machine: &dyn Machine,
@@ -105,32 +111,40 @@ fn track(
     let began = began + began.elapsed() / 2;
     let dirtied = || machine.vcpus().and_then(Vcpus::dirtied).filter(|_| mode == DirtyRateMode::DirtyRing);
     let dirtied_before = dirtied();
-    if !wait(calc_time, gone) {
+    let look = || -> Result<(Dirtied, Duration), Cause> {
+        let looked = Instant::now();
+        for (index, bitmap) in after.iter().enumerate() {
+            tracker.sync(index, bitmap)?;
+        }
+        let took = (looked + looked.elapsed() / 2).saturating_duration_since(began);
+        let pages = after.iter().map(DirtyBitmap::count).fold(0, u64::saturating_add);
+        Ok((Dirtied::counted(pages.saturating_mul(PAGE_SIZE)), took))
+    };
+    let since = Instant::now();
+    if !wait(calc_time / WINDOWS, gone) {
         return Ok(None);
     }
-    let looked = Instant::now();
-    for (index, bitmap) in after.iter().enumerate() {
-        tracker.sync(index, bitmap)?;
+    let window = look()?;
+    if !wait(calc_time.saturating_sub(since.elapsed()), gone) {
+        return Ok(None);
     }
-    let took = (looked + looked.elapsed() / 2).saturating_duration_since(began);
-    let bytes = after.iter().map(DirtyBitmap::count).fold(0, u64::saturating_add).saturating_mul(PAGE_SIZE);
-    let bytes_per_second = a_second(bytes, took);
+    let rates = bounds::rates(look()?, Some(window));
     let vcpus = dirtied_before.zip(dirtied()).map(|(before, after)| {
         let each: Vec<u64> = after.iter().zip(before).map(|(after, before)| after.saturating_sub(before)).collect();
         let all = each.iter().fold(0, |all: u64, one| all.saturating_add(*one)).max(1);
-        each.iter().map(|one| (bytes_per_second as f64 * *one as f64 / all as f64) as u64).collect()
+        each.iter().map(|one| (rates.estimate as f64 * *one as f64 / all as f64) as u64).collect()
     });
-    Ok(Some(Measured { bytes_per_second, vcpus: vcpus.unwrap_or_default() }))
+    Ok(Some(Measured { rates, window: window.1, samples: None, vcpus: vcpus.unwrap_or_default() }))
 }
 
 /// Pages of a block, and what they held.
-struct Samples<'a> {
+struct Sampled<'a> {
     block: &'a RamBlock,
     pages: Vec<u64>,
     sums: Vec<u64>,
 }
 
-impl<'a> Samples<'a> {
+impl<'a> Sampled<'a> {
     /// One page of each of as many equal parts of the block as pages are wanted: at least one, however small the block.
     fn choose(block: &'a RamBlock, pages_of_gib: u64, random: &mut Random) -> Self {
         let all = block.size_bytes() / PAGE_SIZE;
@@ -161,31 +175,79 @@ impl<'a> Samples<'a> {
         self.pages.iter().map(sum).collect()
     }
 
-    /// Bytes of the block that have changed since, judging by the samples.
-    fn changed_bytes(&self) -> Result<f64, Cause> {
+    /// How many have changed since.
+    fn changed(&self) -> Result<Samples, Cause> {
         let changed = self.look()?.iter().zip(&self.sums).filter(|(now, before)| now != before).count();
-        Ok(self.block.size_bytes() as f64 * changed as f64 / self.pages.len().max(1) as f64)
+        Ok(Samples { all: self.pages.len() as u64, changed: changed as u64 })
     }
 }
 
+/// Samples of every block, as they are now.
+struct Look<'a> {
+    blocks: Vec<Sampled<'a>>,
+    /// When it began: from look to look of the same page is as long as from beginning to beginning.
+    began: Instant,
+}
+
+impl<'a> Look<'a> {
+    fn at(ram: &'a Ram, pages_of_gib: u64, random: &mut Random) -> Result<Self, Cause> {
+        let mut blocks: Vec<_> =
+            ram.blocks().iter().map(|block| Sampled::choose(block, pages_of_gib, random)).collect();
+        let began = Instant::now();
+        for sampled in &mut blocks {
+            sampled.sums = sampled.look()?;
+        }
+        Ok(Self { blocks, began })
+    }
+
+    /// How many samples of each block have changed since, and how long ago that was.
+    fn again(&self) -> Result<(Vec<Samples>, Duration), Cause> {
+        let took = self.began.elapsed();
+        Ok((self.blocks.iter().map(Sampled::changed).collect::<Result<_, _>>()?, took))
+    }
+}
+
+/// What `samples` of each block say of all of `ram`.
+fn dirtied(ram: &Ram, samples: &[Samples]) -> Dirtied {
+    let of_blocks = ram.blocks().iter().zip(samples).map(|(block, of)| Dirtied::sampled(block.size_bytes(), *of));
+    of_blocks.fold(Dirtied::default(), Dirtied::and)
+}
+
+/// Compares pages with themselves over the whole time, and others, each time anew, over short windows of it. A small part of
+/// RAM that is written again and again is missed by all samples of a look easily, and by those of many looks hardly ever.
 fn sample(ram: &Ram, pages_of_gib: u64, calc_time: Duration, gone: &Receiver<()>) -> Result<Option<Measured>, Cause> {
     let mut random = Random::new();
-    let choose = |block| Samples::choose(block, pages_of_gib, &mut random);
-    let mut samples: Vec<Samples<'_>> = ram.blocks().iter().map(choose).collect();
-    // From look to look of the same page, which are as far apart as their beginnings.
-    let began = Instant::now();
-    for samples in &mut samples {
-        samples.sums = samples.look()?;
+    let whole = Look::at(ram, pages_of_gib, &mut random)?;
+    let looking = whole.began.elapsed();
+    let window = calc_time / (WINDOWS + 1);
+    let mut seen: Vec<Samples> = vec![Samples::default(); ram.blocks().len()];
+    let (mut time, mut windows) = (Duration::ZERO, 0u32);
+    // A look that takes long leaves no room for short windows.
+    while looking.saturating_mul(2 * LOOKING_PART) <= window
+        && windows < WINDOWS
+        && whole.began.elapsed().saturating_add(window).saturating_add(looking) < calc_time
+    {
+        let look = Look::at(ram, pages_of_gib, &mut random)?;
+        if !wait(window.saturating_sub(look.began.elapsed()), gone) {
+            return Ok(None);
+        }
+        let (changed, took) = look.again()?;
+        seen.iter_mut().zip(changed).for_each(|(all, these)| *all = all.and(these));
+        (time, windows) = (time.saturating_add(took), windows.saturating_add(1));
     }
-    if !wait(calc_time.saturating_sub(began.elapsed()), gone) {
+    if !wait(calc_time.saturating_sub(whole.began.elapsed()), gone) {
         return Ok(None);
     }
-    let took = began.elapsed();
-    let mut bytes = 0.0;
-    for samples in &samples {
-        bytes += samples.changed_bytes()?;
-    }
-    Ok(Some(Measured { bytes_per_second: a_second(bytes as u64, took), vcpus: Vec::new() }))
+    let (changed, took) = whole.again()?;
+    let short = (windows > 0).then(|| (dirtied(ram, &seen), time / windows));
+    let rates = bounds::rates((dirtied(ram, &changed), took), short);
+    let samples = changed.into_iter().chain(seen).fold(Samples::default(), Samples::and);
+    Ok(Some(Measured {
+        rates,
+        window: short.map_or(took, |(_, time)| time),
+        samples: Some(samples),
+        vcpus: Vec::new(),
+    }))
 }
 
 /// Numbers that nobody foresees (splitmix64 from a random start).
@@ -229,7 +291,7 @@ mod tests {
         for (pages_of_gib, expected) in [(128, [128, 1, 1, 1]), (512, [512, 1, 1, 4]), (16384, [16384, 1, 1, 128])] {
             let mut random = Random::new();
             for (block, expected) in ram.blocks().iter().zip(expected) {
-                let samples = Samples::choose(block, pages_of_gib, &mut random);
+                let samples = Sampled::choose(block, pages_of_gib, &mut random);
                 assert_eq!(samples.pages.len(), expected);
                 assert!(samples.pages.iter().all(|page| *page < block.size_bytes() / PAGE_SIZE));
                 assert!(samples.pages.is_sorted_by(|a, b| a < b), "each once");
@@ -249,7 +311,7 @@ mod tests {
                 let measuring = scope.spawn(move || sample(ram, 1 << 20, Duration::from_millis(200), &gone));
                 std::thread::sleep(Duration::from_millis(100));
                 write();
-                measuring.join().unwrap().unwrap().unwrap().bytes_per_second as f64 * 0.2
+                measuring.join().unwrap().unwrap().unwrap().rates.estimate as f64 * 0.2
             })
         };
         let near = |bytes: f64, expected: u64| {

@@ -4,6 +4,7 @@
 //! machine is started. So a measurement that needs one is refused while a migration runs, and a migration that begins ends
 //! it and waits for that.
 
+mod bounds;
 mod measure;
 
 use std::sync::mpsc::{self, Sender};
@@ -31,7 +32,8 @@ const MIB: u64 = 1 << 20;
 #[serde(rename_all = "kebab-case")]
 pub enum DirtyRateMode {
     /// Some pages are compared with themselves a while later. Only reads RAM, so that it can be done beside a migration. Does
-    /// not see a page that holds the same as before. An estimate: of rates of which only a few samples are part, a rough one.
+    /// not see a page that holds the same as before. It is an estimate, and rough when only a few samples have changed: the
+    /// result says between which bounds.
     #[default]
     PageSampling,
     /// All pages that are written are counted, each once.
@@ -85,8 +87,25 @@ pub struct DirtyRate {
     pub calc_time_seconds: f64,
     /// Pages sampled of each GiB, where pages are sampled.
     pub sample_pages: Option<u64>,
-    /// Bytes of RAM dirtied a second, once measured.
+    /// Bytes of RAM dirtied a second, once measured: each page once in all the time that it took.
     pub dirty_bytes_per_second: Option<u64>,
+    /// The least that it is: it is no estimate where pages are counted. Where they are sampled, it is less than that in one of
+    /// 40 measurements.
+    #[serde(default)]
+    pub at_least_bytes_per_second: Option<u64>,
+    /// The most that it is, each page once in [`window_seconds`](Self::window_seconds). A guest that writes a page more often
+    /// than that dirties it as fast as it likes: nothing that looks at pages can tell.
+    #[serde(default)]
+    pub at_most_bytes_per_second: Option<u64>,
+    /// The shortest time within which a page was looked at twice.
+    #[serde(default)]
+    pub window_seconds: Option<f64>,
+    /// Pages that were looked at, where pages are sampled,
+    #[serde(default)]
+    pub samples: Option<u64>,
+    /// and those of them that had changed. If none had, no more is known of the rate than the most that it can be.
+    #[serde(default)]
+    pub changed_samples: Option<u64>,
     /// What each vCPU has of it, where they can be told apart.
     pub vcpus: Vec<VcpuDirtyRate>,
     /// Why the last measurement came to nothing.
@@ -94,9 +113,9 @@ pub struct DirtyRate {
 }
 
 impl DirtyRate {
-    /// The rate in whole MiB a second, as QEMU counts it.
+    /// The rate in whole MiB a second, as QEMU counts it, but rounded up: 0 is of a guest of which no write was seen.
     pub fn dirty_mebibytes_per_second(&self) -> Option<u64> {
-        self.dirty_bytes_per_second.map(|bytes| bytes / MIB)
+        self.dirty_bytes_per_second.map(|bytes| bytes.div_ceil(MIB))
     }
 }
 
@@ -111,9 +130,9 @@ pub struct VcpuDirtyRate {
 }
 
 impl VcpuDirtyRate {
-    /// The rate in whole MiB a second, as QEMU counts it.
+    /// The rate in whole MiB a second, as QEMU counts it, but rounded up.
     pub fn dirty_mebibytes_per_second(&self) -> u64 {
-        self.dirty_bytes_per_second / MIB
+        self.dirty_bytes_per_second.div_ceil(MIB)
     }
 }
 
@@ -275,7 +294,13 @@ impl DirtyRate {
         match measured {
             Ok(Some(measured)) => {
                 self.status = DirtyRateStatus::Measured;
-                self.dirty_bytes_per_second = Some(measured.bytes_per_second);
+                let Measured { rates, window, samples, .. } = measured;
+                self.dirty_bytes_per_second = Some(rates.estimate);
+                self.at_least_bytes_per_second = Some(rates.at_least);
+                self.at_most_bytes_per_second = Some(rates.at_most);
+                self.window_seconds = Some(window.as_secs_f64());
+                self.samples = samples.map(|samples| samples.all);
+                self.changed_samples = samples.map(|samples| samples.changed);
                 let each = measured.vcpus.into_iter().enumerate();
                 self.vcpus =
                     each.map(|(vcpu, dirty_bytes_per_second)| VcpuDirtyRate { vcpu, dirty_bytes_per_second }).collect();

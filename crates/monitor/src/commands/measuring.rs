@@ -21,7 +21,8 @@ pub(super) static COMMANDS: &[Command] = &[
     },
     Command {
         name: "query-dirty-rate",
-        help: "What the latest measurement has found: `dirty-rate` in MiB/s as in QEMU, and exactly in bytes.",
+        help: "What the latest measurement has found: `dirty-rate` in MiB/s as in QEMU, but rounded up, and in bytes; and between \
+               which bounds it is. A page counts once in `calc-time` for the least, and once in `window-ms` for the most.",
         takes: &QUERY,
         gives: Type::Object(&INFO),
         oob: Oob::Refused,
@@ -49,6 +50,11 @@ static INFO: Object = Object::of(
     &[
         optional("dirty-rate", Type::Int),
         optional("dirty-bytes-per-second", Type::Int),
+        optional("at-least-bytes-per-second", Type::Int),
+        optional("at-most-bytes-per-second", Type::Int),
+        optional("window-ms", Type::Number),
+        optional("samples", Type::Int),
+        optional("changed-samples", Type::Int),
         required("status", Type::Enum(Enum::of("DirtyRateStatus", &["unstarted", "measuring", "measured"]))),
         required("start-time", Type::Int),
         required("calc-time", Type::Int),
@@ -123,6 +129,20 @@ fn query_dirty_rate(call: Call<'_>) -> Result<Value, Refusal> {
     if let (Some(bytes), Some(mebibytes)) = (rate.dirty_bytes_per_second, rate.dirty_mebibytes_per_second()) {
         put("dirty-bytes-per-second", bytes.into());
         put("dirty-rate", mebibytes.into());
+    }
+    let bounds = [
+        ("at-least-bytes-per-second", rate.at_least_bytes_per_second),
+        ("at-most-bytes-per-second", rate.at_most_bytes_per_second),
+        ("samples", rate.samples),
+        ("changed-samples", rate.changed_samples),
+    ];
+    bounds.into_iter().for_each(|(name, bound)| {
+        if let Some(bound) = bound {
+            put(name, bound.into());
+        }
+    });
+    if let Some(window) = rate.window_seconds {
+        put("window-ms", (window * 1e3).into());
     }
     if !rate.vcpus.is_empty() {
         let vcpus = rate.vcpus.iter().map(|vcpu| {

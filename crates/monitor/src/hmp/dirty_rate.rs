@@ -58,8 +58,35 @@ fn text(rate: &DirtyRate, now: Duration) -> String {
     if let Some(start) = rate.start_time_seconds {
         let _ = writeln!(text, "begun {} ago", format_seconds((now.as_secs_f64() - start).max(0.0)));
     }
+    text.push_str(&bounds(rate));
     for vcpu in &rate.vcpus {
         let _ = writeln!(text, "vCPU {}: {}/s", vcpu.vcpu, format_size(vcpu.dirty_bytes_per_second));
+    }
+    text
+}
+
+/// What the figure can tell, and what it cannot.
+fn bounds(rate: &DirtyRate) -> String {
+    let (Some(least), Some(most)) = (rate.at_least_bytes_per_second, rate.at_most_bytes_per_second) else {
+        return String::new();
+    };
+    let window = format_seconds(rate.window_seconds.unwrap_or(rate.calc_time_seconds));
+    let mut text = format!(
+        "at least {}/s, each page once in {}; at most {}/s, each page once in {window}\n",
+        format_size(least),
+        format_seconds(rate.calc_time_seconds),
+        format_size(most),
+    );
+    // Writing to a string does not fail.
+    match (rate.samples, rate.changed_samples) {
+        (Some(samples), Some(0)) => {
+            let _ =
+                writeln!(text, "none of {samples} samples had changed: it may have written a little; -b counts pages");
+        }
+        (Some(samples), Some(changed)) => {
+            let _ = writeln!(text, "{changed} of {samples} samples had changed");
+        }
+        _ => {}
     }
     text
 }
@@ -103,5 +130,20 @@ mod tests {
         let measured = "dirty rate: 3.00 MiB/s, by counting each vCPU's written pages, over 2.00 s\n\
                         begun 1.50 s ago\nvCPU 0: 3.00 MiB/s\n";
         assert_eq!(text(&rate, now), measured);
+        rate = DirtyRate {
+            mode: Some(DirtyRateMode::PageSampling),
+            dirty_bytes_per_second: Some(0),
+            at_least_bytes_per_second: Some(0),
+            at_most_bytes_per_second: Some(5 << 20),
+            window_seconds: Some(0.25),
+            samples: Some(2048),
+            changed_samples: Some(0),
+            vcpus: Vec::new(),
+            ..rate
+        };
+        let nothing = "dirty rate: 0 B/s, by 512 sampled pages of each GiB, over 2.00 s\nbegun 1.50 s ago\n\
+                       at least 0 B/s, each page once in 2.00 s; at most 5.00 MiB/s, each page once in 250.0 ms\n\
+                       none of 2048 samples had changed: it may have written a little; -b counts pages\n";
+        assert_eq!(text(&rate, now), nothing);
     }
 }
