@@ -18,7 +18,7 @@ use dunlin::memory::{DirtyBitmap, DirtyTracker, Ram, TrackerError};
 use dunlin::report::DowntimeParts;
 use dunlin::{
     Destination, Guest, GuestPlace, Machine, MachineError, Parameters, Report, Source, StartPermit, StateSection,
-    Status, Uri,
+    Status, TakeBack, Uri,
 };
 use dunlin_machines::{Backing, SyntheticConfig, SyntheticMachine};
 
