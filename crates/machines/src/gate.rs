@@ -5,7 +5,14 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// Threads that are kept by something are kicked again after this.
+const KICK_PAUSE: Duration = Duration::from_millis(50);
+
+/// So many threads did not come out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StillInside(pub(crate) usize);
 
 use dunlin::StartPermit;
 
@@ -72,21 +79,40 @@ impl Gate {
 
     /// Stops all threads and waits until they have; tells whether the gate was open.
     pub(crate) fn close(&self) -> bool {
-        self.close_with(|| {})
-    }
-
-    /// The same for threads that do not look by themselves: `kick` makes those inside look, once the gate is closed.
-    pub(crate) fn close_with(&self, kick: impl FnOnce()) -> bool {
         let mut state = self.state();
-        let was_open = std::mem::replace(&mut state.open, false);
-        self.open.store(false, Ordering::SeqCst);
-        self.changed.notify_all();
-        if state.inside > 0 {
-            kick();
-        }
+        let was_open = self.begin_close(&mut state);
         while state.inside > 0 {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+        was_open
+    }
+
+    /// The same for threads that do not look by themselves, and may be kept by something else: `kick` makes those inside look,
+    /// once the gate is closed. Gives up after `limit`: the gate is then as it was.
+    pub(crate) fn close_within(&self, limit: Duration, kick: impl Fn()) -> Result<bool, StillInside> {
+        let deadline = Instant::now() + limit;
+        let mut state = self.state();
+        let was_open = self.begin_close(&mut state);
+        while state.inside > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let inside = state.inside;
+                state.open = was_open;
+                self.open.store(was_open, Ordering::Release);
+                self.changed.notify_all();
+                return Err(StillInside(inside));
+            }
+            kick();
+            let wait = left.min(KICK_PAUSE);
+            state = self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(was_open)
+    }
+
+    fn begin_close(&self, state: &mut State) -> bool {
+        let was_open = std::mem::replace(&mut state.open, false);
+        self.open.store(false, Ordering::SeqCst);
+        self.changed.notify_all();
         was_open
     }
 

@@ -144,6 +144,20 @@ pub enum KvmError {
         /// Why.
         why: String,
     },
+    /// vCPUs could not be stopped.
+    #[error("{vcpus} vCPUs did not stop within {seconds} s: something on this host keeps them; all run on")]
+    Kept {
+        /// How many.
+        vcpus: usize,
+        /// How long they were waited for.
+        seconds: u64,
+    },
+    /// Somebody else starts, stops or verifies the machine.
+    #[error("the machine is being started, stopped or verified, and that has not ended within {seconds} s")]
+    InUse {
+        /// How long that was waited for.
+        seconds: u64,
+    },
     /// A device could not be used.
     #[error("could not {doing} {device}: {source}")]
     Device {

@@ -15,10 +15,11 @@ mod vcpu;
 mod verify;
 mod x86;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
+use std::time::{Duration, Instant};
 
 use dunlin::memory::{DirtyBitmap, DirtyTracker, Ram, RamBlock};
-use dunlin::{Machine, MachineError, StartPermit, StateSection};
+use dunlin::{Claim, Machine, MachineError, StartPermit, StateSection};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
@@ -46,6 +47,8 @@ use crate::{Backing, DirtyTracking, Fill, Payload};
 const KIND: &str = "kvm";
 /// The most vCPUs.
 const MAX_VCPUS: u32 = 16;
+/// How long a start, a stop or a check may wait for another: longer than each may take with storage that hangs.
+const CONTROL_LIMIT: Duration = Duration::from_secs(4);
 const MIN_MEMORY_BYTES: u64 = 2 << 20;
 const MAX_MEMORY_BYTES: u64 = 64 << 30;
 
@@ -350,7 +353,7 @@ impl KvmMachine {
     /// When the machine is empty, or RAM or registers cannot be read. What is wrong with the guest is in the report.
     pub fn verify(&self) -> Result<KvmReport, KvmError> {
         let Content::Known(known) = self.identity()?.content else { return Err(KvmError::NotVerifiable) };
-        let _control = lock(&self.control);
+        let _control = self.control()?;
         let was_running = self.halt()?;
         let report = self.found(&known).and_then(|found| {
             let image = self.devices.image()?;
@@ -362,15 +365,48 @@ impl KvmMachine {
         report
     }
 
+    /// The turn to start, stop or verify. Waits for whoever has it.
+    ///
+    /// # Errors
+    /// When that takes longer than it may.
+    fn control(&self) -> Result<MutexGuard<'_, ()>, KvmError> {
+        let deadline = Instant::now() + CONTROL_LIMIT;
+        loop {
+            match self.control.try_lock() {
+                Ok(turn) => return Ok(turn),
+                Err(TryLockError::Poisoned(turn)) => return Ok(turn.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(TryLockError::WouldBlock) => return Err(KvmError::InUse { seconds: CONTROL_LIMIT.as_secs() }),
+            }
+        }
+    }
+
+    /// The devices that do not answer within `limit`, because their storage hangs: they may keep this process from ending.
+    /// For the end of the process: the devices do nothing from here on.
+    pub fn hanging_devices(&self, limit: Duration) -> Vec<String> {
+        self.devices.hanging(limit)
+    }
+
     /// Stops vCPUs and devices; tells whether they ran. Where that fails they go on.
     fn halt(&self) -> Result<bool, KvmError> {
         // First of all no new requests: a vCPU may have to wait for a device's worker.
         self.devices.hold();
-        let was_running = self.vcpus.pause();
+        let was_running = match self.vcpus.pause() {
+            Ok(was_running) => was_running,
+            Err(error) => {
+                // They run on; only those that ran can fail to stop.
+                if let Some(permit) = self.vcpus.permit() {
+                    self.devices.keep_on(&permit);
+                }
+                return Err(error);
+            }
+        };
         if let Err(error) = self.devices.pause() {
-            if was_running {
-                // The first error says more than what follows from it.
-                let _ = self.go_on();
+            if let Some(permit) = self.vcpus.permit().filter(|_| was_running) {
+                self.devices.keep_on(&permit);
+                self.vcpus.resume(&permit);
             }
             return Err(error);
         }
@@ -433,7 +469,7 @@ impl KvmMachine {
     /// behind, and its CPU's features could not be changed any more.
     fn renew(&self, hypervisor: &mut Hypervisor) -> Result<(), KvmError> {
         if hypervisor.used {
-            self.vcpus.pause();
+            self.vcpus.pause()?;
             self.vcpus.all().iter().for_each(|vcpu| vcpu.replace(None, &None));
             let (vm, fds, rings) = build(&self.kvm, &self.memory, self.count, self.dirty_tracking)?;
             self.devices.connect(vm.clone());
@@ -557,7 +593,7 @@ impl Machine for KvmMachine {
         self.devices.accept(&theirs.devices)?;
         self.check_features(&theirs.cpuid)?;
         self.host.keeps_pace(theirs.tsc_khz)?;
-        let _control = lock(&self.control);
+        let _control = self.control()?;
         let mut hypervisor = lock(&self.hypervisor);
         if hypervisor.used {
             // Now, and not while the guest stands still. Whose machine it was is over.
@@ -568,13 +604,13 @@ impl Machine for KvmMachine {
     }
 
     fn pause(&self) -> Result<(), MachineError> {
-        let _control = lock(&self.control);
+        let _control = self.control()?;
         self.halt()?;
         Ok(())
     }
 
     fn resume(&self, permit: &StartPermit) -> Result<(), MachineError> {
-        let _control = lock(&self.control);
+        let _control = self.control()?;
         self.identity()?;
         self.check_vcpus()?;
         lock(&self.hypervisor).used = true;
@@ -608,12 +644,16 @@ impl Machine for KvmMachine {
     }
 
     fn load(&self, sections: Vec<StateSection>) -> Result<(), MachineError> {
-        let _control = lock(&self.control);
-        self.vcpus.pause();
+        let _control = self.control()?;
+        self.vcpus.pause()?;
         self.devices.pause()?;
         // Until all of it is there the machine is nobody's: what fails half-way must not run.
         *self.identity.write().unwrap_or_else(PoisonError::into_inner) = None;
         Ok(self.take_over(&sections)?)
+    }
+
+    fn claim(&self, claim: Claim) -> Result<(), MachineError> {
+        Ok(self.devices.claim(claim)?)
     }
 
     fn vcpus(&self) -> Option<&dyn dunlin::Vcpus> {

@@ -17,12 +17,19 @@ use dunlin::StartPermit;
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use super::KvmError;
 use super::alarm::Alarm;
 use super::devices::{Bus, Ended};
 use super::tracking::Rings;
 use super::x86::PACE_PORT;
-use crate::gate::{Gate, Passage};
+use crate::gate::{Gate, Passage, StillInside};
 use crate::schedule::{Schedule, Throttle};
+
+/// How long the vCPUs may take to stop. They take longer only where something keeps them, such as a file on storage that
+/// hangs.
+const STOP_LIMIT: Duration = Duration::from_secs(1);
+/// How long the end of a machine waits for them.
+const END_LIMIT: Duration = Duration::from_millis(200);
 
 /// A vCPU, shared by its thread and by who reads and writes its state while it is stopped.
 #[derive(Debug)]
@@ -258,8 +265,12 @@ impl Vcpus {
     }
 
     /// Stops all and waits until they have; tells whether they ran.
-    pub(super) fn pause(&self) -> bool {
-        self.gate.close_with(|| self.kick())
+    ///
+    /// # Errors
+    /// When some do not stop in time, because something here keeps them. All run on then.
+    pub(super) fn pause(&self) -> Result<bool, KvmError> {
+        let paused = self.gate.close_within(STOP_LIMIT, || self.kick());
+        paused.map_err(|StillInside(vcpus)| KvmError::Kept { vcpus, seconds: STOP_LIMIT.as_secs() })
     }
 
     /// Throttles each by its percentage.
@@ -290,7 +301,13 @@ impl Drop for Vcpus {
     fn drop(&mut self) {
         self.gate.end();
         self.kick();
-        let threads = std::mem::take(&mut *lock(&self.threads));
+        let mut threads = std::mem::take(&mut *lock(&self.threads));
+        let deadline = Instant::now() + END_LIMIT;
+        while threads.iter().any(|thread| !thread.is_finished()) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // One that hangs is left behind. It holds what it uses.
+        threads.retain(JoinHandle::is_finished);
         for thread in threads {
             let _ = thread.join();
         }

@@ -7,6 +7,7 @@
 
 use std::io;
 
+use dunlin::Claim;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
@@ -16,7 +17,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::chain::{Broken, Chain};
 use super::device::Device;
-use super::disk::Disk;
+use super::disk::{Disk, Left};
 use super::memory::GuestRam;
 use crate::device_config::{DiskAccess, SERIAL_BYTES};
 
@@ -241,14 +242,34 @@ impl Device for Block {
     }
 
     fn pause(&mut self) -> io::Result<()> {
-        self.disk.release()
+        self.disk.settle()
+    }
+
+    fn keep_on(&mut self) {
+        self.disk.keep_on();
     }
 
     fn resume(&mut self) -> io::Result<()> {
         self.disk.acquire()
     }
 
-    fn renew(&mut self) -> io::Result<()> {
-        self.disk.renew()
+    fn let_go(&mut self) {
+        self.disk.let_go();
+    }
+
+    fn claim(&mut self, claim: Claim) -> io::Result<()> {
+        self.disk.claim(claim)
+    }
+
+    fn claimed(&self) -> Claim {
+        self.disk.claimed()
+    }
+
+    fn left(&self) -> Option<Left> {
+        self.disk.left()
+    }
+
+    fn renew(&mut self, left: Option<Left>) -> io::Result<()> {
+        self.disk.renew(left)
     }
 }

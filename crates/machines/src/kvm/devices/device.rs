@@ -2,7 +2,10 @@
 
 use std::io;
 
+use dunlin::Claim;
+
 use super::chain::{Broken, Chain};
+use super::disk::Left;
 use super::memory::GuestRam;
 use super::worker::Wait;
 
@@ -36,26 +39,47 @@ pub(super) trait Device: Send {
     fn wait(&mut self) -> Wait {
         Wait::Bell
     }
-    /// The machine has been paused: others must see what was acknowledged.
+    /// The machine has been paused: others must see what was acknowledged. Takes as long as its storage does.
     ///
     /// # Errors
     /// When they would not.
     fn pause(&mut self) -> io::Result<()> {
         Ok(())
     }
-    /// The machine is about to run.
+    /// A pause came to nothing, before or after this device was paused: the machine runs on.
+    fn keep_on(&mut self) {}
+    /// The machine is about to run. Takes as long as its storage does.
     ///
     /// # Errors
     /// When it must not.
     fn resume(&mut self) -> io::Result<()> {
         Ok(())
     }
-    /// The guest comes from elsewhere, where it has run until now: what was known from before is outdated. Nothing is
-    /// written yet.
+    /// A start came to nothing after this device was resumed; it has done nothing since.
+    fn let_go(&mut self) {}
+    /// Takes or gives up what only one machine may use.
+    ///
+    /// # Errors
+    /// When another has it; nothing has changed then.
+    fn claim(&mut self, claim: Claim) -> io::Result<()> {
+        let _ = claim;
+        Ok(())
+    }
+    /// What of that is this machine's.
+    fn claimed(&self) -> Claim {
+        Claim::Nothing
+    }
+    /// How the guest has left the image behind it, if there is one.
+    fn left(&self) -> Option<Left> {
+        None
+    }
+    /// The guest comes from elsewhere, where it has run until now and has left its image as `left` says, if that is known:
+    /// what was known from before is outdated. Nothing is written yet.
     ///
     /// # Errors
     /// When it cannot be brought up to date.
-    fn renew(&mut self) -> io::Result<()> {
+    fn renew(&mut self, left: Option<Left>) -> io::Result<()> {
+        let _ = left;
         Ok(())
     }
 }

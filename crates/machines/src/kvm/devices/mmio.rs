@@ -14,6 +14,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use dunlin::Claim;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -22,6 +23,7 @@ use vm_memory::GuestAddress;
 
 use super::chain::{Broken, Chain};
 use super::device::Device;
+use super::disk::Left;
 use super::interrupt::Interrupt;
 use super::memory::GuestRam;
 use super::worker::{Bell, Wait};
@@ -538,7 +540,7 @@ impl Transport {
         Ok(Look::Done)
     }
 
-    /// The worker has stopped: has the device make others see what was acknowledged.
+    /// The device's worker calls this when it has stopped: has the device make others see what was acknowledged.
     ///
     /// # Errors
     /// When they would not, or the device has failed: as it is it must not go anywhere.
@@ -550,12 +552,48 @@ impl Transport {
         }
     }
 
+    /// A pause came to nothing: the machine runs on.
+    pub(super) fn keep_on(&self) {
+        let _ = self.ask(|device| {
+            device.keep_on();
+            Ok(())
+        });
+    }
+
     /// The machine is about to run. A device that has failed does not keep the others from that.
     pub(super) fn resume(&self) -> io::Result<()> {
         if lock(&self.live).failed.is_some() {
             return Ok(());
         }
         self.ask(|device| device.resume())
+    }
+
+    /// A start came to nothing.
+    pub(super) fn let_go(&self) {
+        let _ = self.ask(|device| {
+            device.let_go();
+            Ok(())
+        });
+    }
+
+    /// Takes or gives up what only one machine may use; tells what was this machine's before.
+    pub(super) fn claim(&self, claim: Claim) -> io::Result<Claim> {
+        let mut before = Claim::Nothing;
+        self.ask(|device| {
+            before = device.claimed();
+            device.claim(claim)
+        })?;
+        Ok(before)
+    }
+
+    /// How the guest has left the image of the paused device.
+    pub(super) fn left(&self) -> Option<Left> {
+        lock(&self.live).device.left()
+    }
+
+    /// The guest comes from elsewhere and has left the image like this: see [`Device::renew`].
+    pub(super) fn renew(&self, left: Option<Left>) -> io::Result<()> {
+        self.ask(|device| device.renew(left))
     }
 
     /// The state of the paused device.
@@ -590,8 +628,8 @@ impl Transport {
         made.collect()
     }
 
-    /// Takes over a state. The worker must be stopped.
-    pub(super) fn load(&self, state: TransportState, instance: u32) -> Result<io::Result<()>, StateError> {
+    /// Takes over a state. The worker must be stopped, and the device be renewed afterwards.
+    pub(super) fn load(&self, state: TransportState, instance: u32) -> Result<(), StateError> {
         same("as kind of a virtio device", state.kind.into(), self.kind.into())?;
         let queues = self.check(&state).map_err(|problem| StateError::Damaged {
             name: super::TRANSPORT_SECTION,
@@ -607,8 +645,7 @@ impl Transport {
         self.status.store(state.status, Ordering::SeqCst);
         self.interrupt_status.store(state.interrupt_status, Ordering::SeqCst);
         *registers = state.registers;
-        drop((registers, live));
-        Ok(self.ask(|device| device.renew()))
+        Ok(())
     }
 }
 

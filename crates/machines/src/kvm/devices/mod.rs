@@ -1,7 +1,8 @@
 //! The microVM's devices: a serial port, and disks, network cards and a source of random numbers on virtio-mmio.
 //!
 //! What must stay true: devices are paused after the vCPUs and resumed before them; once paused nothing of them changes
-//! memory, images or their own state. What the guest was told is done by then.
+//! memory, images or their own state. What the guest was told is done by then. What may wait for storage is done by the
+//! devices' own threads, all of them at once, and is given up when it takes too long.
 
 mod block;
 mod bus;
@@ -9,6 +10,7 @@ mod chain;
 mod console;
 mod device;
 mod disk;
+mod image_lock;
 mod interrupt;
 mod memory;
 mod mmio;
@@ -22,8 +24,9 @@ mod worker;
 
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use dunlin::{StartPermit, StateSection};
+use dunlin::{Claim, Need, StartPermit, StateSection};
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
@@ -36,14 +39,14 @@ pub(super) use memory::OwnWrites;
 
 use block::Block;
 use device::Device;
-use disk::Disk;
+use disk::{Disk, Left};
 use interrupt::{Interrupt, VmLines};
 use memory::GuestRam;
 use mmio::{Transport, TransportState};
 use net::Net;
 use rng::Rng;
 use serial::{PortState, SerialPort};
-use worker::Worker;
+use worker::{Asked, Worker};
 
 use super::KvmError;
 use super::x86::{DEVICES_ADDRESS, FIRST_IRQ};
@@ -55,6 +58,14 @@ const SERIAL_SECTION: &str = "serial";
 const TRANSPORT_SECTION: &str = "virtio-mmio";
 const POWER_SECTION: &str = "power";
 const END_SECTION: &str = "end";
+/// How the guest has left a disk's image. A machine that does not know the section does without.
+const IMAGE_SECTION: &str = "image";
+
+/// How long all devices together may take to settle for a pause, or to get ready to run. Storage that takes longer is said to
+/// hang. Longer than what disks and the network's hiccups take; shorter than a guest may stand still without its users asking.
+const SETTLE_LIMIT: Duration = Duration::from_secs(2);
+/// How long taking and giving up locks may take, waiting for the other side of a move included.
+const CLAIM_LIMIT: Duration = Duration::from_secs(2);
 
 const SERIAL_LINE: u32 = 4;
 /// The lines of the virtio devices, one each.
@@ -72,6 +83,8 @@ pub(super) struct Description {
 pub(super) struct Devices {
     // Dropped in this order: the workers end before what they work on.
     workers: Vec<Worker>,
+    /// What people call each virtio device: a disk with its path.
+    names: Vec<String>,
     bus: Arc<Bus>,
     lines: Arc<VmLines>,
     /// The first disk and its size in bytes.
@@ -109,8 +122,9 @@ impl Devices {
         if devices.len() > room {
             return Err(KvmError::TooManyDevices { devices: devices.len(), room });
         }
-        let (mut transports, mut workers) = (Vec::new(), Vec::new());
-        for ((name, device), line) in devices.into_iter().zip(LINES) {
+        let (mut transports, mut workers, mut names) = (Vec::new(), Vec::new(), Vec::new());
+        for ((number, (name, device)), line) in devices.into_iter().enumerate().zip(LINES) {
+            names.push(format!("{name} (device {number})"));
             let interrupt = Interrupt::new(lines.clone(), line);
             let transport =
                 Transport::new(device, interrupt, ram.clone()).map_err(failed(&name, "make a transport for"))?;
@@ -124,7 +138,7 @@ impl Devices {
         }
         let serial = SerialPort::new(&config.serial, Interrupt::new(lines.clone(), SERIAL_LINE))
             .map_err(failed(format!("serial port {}", config.serial), "open"))?;
-        Ok(Self { workers, bus: Arc::new(Bus::new(serial, transports)), lines, disk: first, writes })
+        Ok(Self { workers, names, bus: Arc::new(Bus::new(serial, transports)), lines, disk: first, writes })
     }
 
     /// What answers the guest.
@@ -163,35 +177,72 @@ impl Devices {
         self.lines.connect(vm);
     }
 
-    /// Does it to all of them, also when it goes wrong with one; the first error is returned.
-    fn each(&self, doing: &'static str, mut each: impl FnMut(&Transport) -> io::Result<()>) -> Result<(), KvmError> {
-        let mut result = Ok(());
-        for (number, transport) in self.bus.transports.iter().enumerate() {
-            let done = each(transport).map_err(failed(format!("{} (device {number})", transport.name()), doing));
-            result = result.and(done);
+    /// Asks all of them at once, each in its own thread, and waits until `limit` for the answers. What is answered too late is
+    /// undone. Gives each one's answer; one that gave none has an error for it.
+    fn ask_all<R: Send + 'static>(
+        &self,
+        limit: Duration,
+        what: impl Fn(&Transport, usize) -> io::Result<R> + Clone + Send + 'static,
+        undo: impl Fn(&Transport, R) + Clone + Send + 'static,
+    ) -> Vec<io::Result<R>> {
+        let deadline = Instant::now() + limit;
+        let pairs = self.workers.iter().zip(&self.bus.transports).enumerate();
+        let asked: Vec<Asked<io::Result<R>>> = pairs
+            .map(|(number, (worker, transport))| {
+                let (what, undo) = (what.clone(), undo.clone());
+                let (asks, undoes) = (transport.clone(), transport.clone());
+                worker.ask(
+                    move || what(&asks, number),
+                    move |done| {
+                        if let Ok(done) = done {
+                            undo(&undoes, done);
+                        }
+                    },
+                )
+            })
+            .collect();
+        let late = || {
+            let text = format!("no answer within {} s: its storage hangs or is too slow", limit.as_secs());
+            Err(io::Error::new(io::ErrorKind::TimedOut, text))
+        };
+        asked.into_iter().map(|asked| asked.wait(deadline).unwrap_or_else(late)).collect()
+    }
+
+    /// The first error, with the device's name.
+    fn check<R>(&self, doing: &'static str, answers: Vec<io::Result<R>>) -> Result<(), KvmError> {
+        for (answer, name) in answers.into_iter().zip(&self.names) {
+            answer.map_err(failed(name, doing))?;
         }
-        result
+        Ok(())
     }
 
     /// Has each stop after the request in hand, without waiting for that: before the vCPUs are stopped, so that one of
-    /// these that waits for a busy device has its turn. [`Self::pause`] or [`Self::resume`] must follow; each device looks
-    /// at its queues when it is resumed, so no notification is lost.
+    /// these that waits for a busy device has its turn. [`Self::pause`], [`Self::resume`] or [`Self::keep_on`] must follow;
+    /// each device looks at its queues when it is resumed, so no notification is lost.
     pub(super) fn hold(&self) {
         self.workers.iter().for_each(Worker::hold);
     }
 
-    /// Stops them, after the vCPUs.
+    /// Stops them, after the vCPUs, and has them settle.
     ///
     /// # Errors
-    /// When something that the guest was told is done could not be; they are stopped all the same.
+    /// When something that the guest was told is done could not be, or that takes too long: the device is named. They are
+    /// stopped all the same, and [`Self::keep_on`] must follow.
     pub(super) fn pause(&self) -> Result<(), KvmError> {
-        self.halt();
-        self.each("write out", Transport::pause)
+        self.hold();
+        self.bus.serial.pause();
+        // A thread answers only between two requests.
+        let answers = self.ask_all(SETTLE_LIMIT, |transport, _| transport.pause(), |transport, ()| transport.keep_on());
+        self.check("write out", answers)
     }
 
-    fn halt(&self) {
-        self.bus.serial.pause();
-        self.workers.iter().for_each(Worker::pause);
+    /// A pause came to nothing: they go on under the permit that they had, before the vCPUs, without waiting for what hangs.
+    pub(super) fn keep_on(&self, permit: &StartPermit) {
+        for (worker, transport) in self.workers.iter().zip(&self.bus.transports) {
+            let transport = transport.clone();
+            worker.order(move || transport.keep_on());
+        }
+        self.go_on(permit);
     }
 
     fn go_on(&self, permit: &StartPermit) {
@@ -202,15 +253,46 @@ impl Devices {
     /// Starts them, before the vCPUs. Each looks at its queues first.
     ///
     /// # Errors
-    /// When one must not run; none does then.
+    /// When one must not run, or cannot say so in time; none does then.
     pub(super) fn resume(&self, permit: &StartPermit) -> Result<(), KvmError> {
-        if let Err(error) = self.each("use", Transport::resume) {
-            // What was taken for use is let go again; the first error says more than those.
-            let _ = self.each("let go of", Transport::pause);
-            return Err(error);
+        let answers = self.ask_all(SETTLE_LIMIT, |transport, _| transport.resume(), |transport, ()| transport.let_go());
+        if answers.iter().any(Result::is_err) {
+            for ((worker, transport), answer) in self.workers.iter().zip(&self.bus.transports).zip(&answers) {
+                let transport = transport.clone();
+                if answer.is_ok() {
+                    worker.order(move || transport.let_go());
+                }
+            }
+            return self.check("use", answers);
         }
         self.go_on(permit);
         Ok(())
+    }
+
+    /// Takes or gives up what only one machine may use.
+    ///
+    /// # Errors
+    /// When another machine has it, or that cannot be said in time; nothing has changed then.
+    pub(super) fn claim(&self, claim: Claim) -> Result<(), KvmError> {
+        let take_back = |transport: &Transport, before| drop(transport.claim(before));
+        let answers = self.ask_all(CLAIM_LIMIT, move |transport, _| transport.claim(claim), take_back);
+        if answers.iter().any(Result::is_err) {
+            for ((worker, transport), answer) in self.workers.iter().zip(&self.bus.transports).zip(&answers) {
+                let transport = transport.clone();
+                if let Ok(before) = *answer {
+                    worker.order(move || take_back(&transport, before));
+                }
+            }
+        }
+        self.check("claim", answers)
+    }
+
+    /// Those that do not answer within `limit`: what they wait for, their storage, hangs. They do nothing from here on.
+    pub(super) fn hanging(&self, limit: Duration) -> Vec<String> {
+        self.hold();
+        let answers = self.ask_all(limit, |_, _| Ok(()), |_, ()| {});
+        let named = answers.iter().zip(&self.names);
+        named.filter(|(answer, _)| answer.is_err()).map(|(_, name)| name.clone()).collect()
     }
 
     /// The state of the paused devices.
@@ -218,6 +300,9 @@ impl Devices {
         let mut sections = vec![section(SERIAL_SECTION, 0, &self.bus.serial.save())?];
         for (number, transport) in (0..).zip(&self.bus.transports) {
             sections.push(section(TRANSPORT_SECTION, number, &transport.save())?);
+            if let Some(left) = transport.left() {
+                sections.push(StateSection { need: Need::Optional, ..section(IMAGE_SECTION, number, &left)? });
+            }
         }
         sections.push(section(POWER_SECTION, 0, &*self.bus.power())?);
         sections.push(section(END_SECTION, 0, &self.bus.ended())?);
@@ -228,7 +313,7 @@ impl Devices {
     pub(super) fn knows(&self, section: &StateSection) -> bool {
         match section.name.as_str() {
             SERIAL_SECTION | POWER_SECTION | END_SECTION => section.instance == 0,
-            TRANSPORT_SECTION => (section.instance as usize) < self.bus.transports.len(),
+            TRANSPORT_SECTION | IMAGE_SECTION => (section.instance as usize) < self.bus.transports.len(),
             _ => false,
         }
     }
@@ -240,11 +325,15 @@ impl Devices {
         let ended: Option<Ended> = find(sections, END_SECTION, 0)?;
         let damaged = |problem| StateError::Damaged { name: SERIAL_SECTION, instance: 0, problem };
         self.bus.serial.load(serial).map_err(damaged)?;
+        let mut left = Vec::new();
         for (number, transport) in (0..).zip(&self.bus.transports) {
             let state: TransportState = find(sections, TRANSPORT_SECTION, number)?;
-            let name = format!("{} (device {number})", transport.name());
-            transport.load(state, number)?.map_err(failed(name, "open anew"))?;
+            transport.load(state, number)?;
+            let is_given = sections.iter().any(|each| each.name == IMAGE_SECTION && each.instance == number);
+            left.push(is_given.then(|| find::<Left>(sections, IMAGE_SECTION, number)).transpose()?);
         }
+        let renew = move |transport: &Transport, number: usize| transport.renew(left.get(number).copied().flatten());
+        self.check("open anew", self.ask_all(SETTLE_LIMIT, renew, |_, ()| {}))?;
         *self.bus.power() = power;
         self.bus.set_ended(ended);
         Ok(())

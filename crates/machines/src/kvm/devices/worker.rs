@@ -1,26 +1,43 @@
-//! A device's thread, which works while the machine runs.
+//! A device's thread, which works while the machine runs, and does for the machine what may take long.
 //!
-//! It sleeps in poll(2) on its bell and on what the device waits for. What must stay true: once [`Bell::close`] has returned
-//! the thread does not work until [`Bell::open`].
+//! It sleeps in poll(2) on its bell and on what the device waits for. Storage can hang, so nobody waits for this thread without
+//! a limit: what is asked of it is either answered in time or given up, and what comes of it late is undone by the thread
+//! itself. What must stay true: after [`Bell::hold`] the thread finishes the request in hand and begins no other until
+//! [`Bell::open`]; what it was asked is done in order, and never beside a request.
 
-use std::fmt::Debug;
+use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dunlin::StartPermit;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-#[derive(Debug, Default)]
+/// How long the end of a machine waits for a thread that hangs. The thread is left behind then; it holds what it uses.
+const END_LIMIT: Duration = Duration::from_millis(200);
+
+/// Something to be done besides requests.
+type Task = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
 struct State {
     /// What it works under.
     permit: Option<StartPermit>,
     open: bool,
     ended: bool,
-    working: bool,
+    /// The thread has ended.
+    gone: bool,
+    tasks: VecDeque<Task>,
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State").field("open", &self.open).field("tasks", &self.tasks.len()).finish_non_exhaustive()
+    }
 }
 
 /// Wakes a worker, and starts and stops it.
@@ -86,16 +103,6 @@ impl Bell {
         self.open.store(false, Ordering::Release);
     }
 
-    /// Stops the worker and waits until it has.
-    pub(super) fn close(&self) {
-        let mut state = self.state();
-        state.open = false;
-        self.open.store(false, Ordering::Release);
-        while state.working {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
     fn end(&self) {
         self.state().ended = true;
         self.open.store(false, Ordering::Release);
@@ -116,12 +123,53 @@ pub(super) fn sleep(fds: &mut [PollFd<'_>], timeout: Option<Duration>) {
     let _ = poll(fds, timeout.as_ref());
 }
 
-/// A worker at work. However that ends, nobody waits for it any more then.
-struct Working<'a>(&'a Bell);
+/// Where an answer stands.
+#[derive(Debug)]
+enum Stage<R> {
+    Waited,
+    Answered(R),
+    GivenUp,
+}
 
-impl Drop for Working<'_> {
+#[derive(Debug)]
+struct Answer<R> {
+    stage: Mutex<Stage<R>>,
+    changed: Condvar,
+}
+
+impl<R> Answer<R> {
+    fn stage(&self) -> MutexGuard<'_, Stage<R>> {
+        self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a worker was asked to do.
+#[derive(Debug)]
+pub(super) struct Asked<R>(Arc<Answer<R>>);
+
+impl<R> Asked<R> {
+    /// Waits for the answer until then. Nothing if there is none: what was asked is not begun any more, or is undone when it
+    /// has been done.
+    pub(super) fn wait(self, deadline: Instant) -> Option<R> {
+        let mut stage = self.0.stage();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match std::mem::replace(&mut *stage, Stage::GivenUp) {
+                Stage::Answered(answer) => return Some(answer),
+                Stage::Waited if !left.is_zero() => *stage = Stage::Waited,
+                Stage::Waited | Stage::GivenUp => return None,
+            }
+            stage = self.0.changed.wait_timeout(stage, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// The thread has ended, however that was.
+struct Gone<'a>(&'a Bell);
+
+impl Drop for Gone<'_> {
     fn drop(&mut self) {
-        self.0.state().working = false;
+        self.0.state().gone = true;
         self.0.changed.notify_all();
     }
 }
@@ -143,6 +191,7 @@ impl Worker {
     ) -> io::Result<Self> {
         let rung = bell.clone();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
+            let _gone = Gone(&rung);
             let mut wait = Wait::Bell;
             loop {
                 let mut fds = vec![PollFd::new(&*rung, PollFlags::IN)];
@@ -151,23 +200,58 @@ impl Worker {
                 }
                 sleep(&mut fds, None);
                 rung.silence();
-                {
-                    let mut state = rung.state();
-                    if state.ended {
-                        return;
-                    }
-                    // A device may write as soon as it works, so it asks as a vCPU does.
-                    if !state.open || !state.permit.as_ref().is_some_and(StartPermit::enter) {
-                        wait = Wait::Bell;
-                        continue;
-                    }
-                    state.working = true;
+                let mut state = rung.state();
+                if state.ended {
+                    return;
                 }
-                let _working = Working(&rung);
-                wait = work(&rung);
+                if let Some(task) = state.tasks.pop_front() {
+                    drop(state);
+                    task();
+                    // There may be another, and requests.
+                    rung.ring();
+                } else if state.open && state.permit.as_ref().is_some_and(StartPermit::enter) {
+                    // A device may write as soon as it works, so it asks as a vCPU does.
+                    drop(state);
+                    wait = work(&rung);
+                } else {
+                    wait = Wait::Bell;
+                }
             }
         })?;
         Ok(Self { bell, thread: Some(thread) })
+    }
+
+    /// Has the thread do `what`, after the request in hand. If nobody waits for the answer any more when it is there, the
+    /// thread does `undo` as well; if nobody does when it could begin, it does neither.
+    pub(super) fn ask<R: Send + 'static>(
+        &self,
+        what: impl FnOnce() -> R + Send + 'static,
+        undo: impl FnOnce(R) + Send + 'static,
+    ) -> Asked<R> {
+        let answer = Arc::new(Answer { stage: Mutex::new(Stage::Waited), changed: Condvar::new() });
+        let asked = answer.clone();
+        let task = move || {
+            if matches!(*asked.stage(), Stage::GivenUp) {
+                return;
+            }
+            let done = what();
+            let mut stage = asked.stage();
+            if matches!(*stage, Stage::GivenUp) {
+                drop(stage);
+                undo(done);
+            } else {
+                *stage = Stage::Answered(done);
+                asked.changed.notify_all();
+            }
+        };
+        self.order(task);
+        Asked(answer)
+    }
+
+    /// Has the thread do something that nobody waits for.
+    pub(super) fn order(&self, task: impl FnOnce() + Send + 'static) {
+        self.bell.state().tasks.push_back(Box::new(task));
+        self.bell.ring();
     }
 
     /// Lets it work.
@@ -175,21 +259,19 @@ impl Worker {
         self.bell.open(permit);
     }
 
-    /// Has it stop soon, without waiting for it.
+    /// Has it stop after the request in hand, without waiting for that.
     pub(super) fn hold(&self) {
         self.bell.hold();
-    }
-
-    /// Stops it and waits until it has.
-    pub(super) fn pause(&self) {
-        self.bell.close();
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
         self.bell.end();
-        if let Some(thread) = self.thread.take() {
+        let state = self.bell.state();
+        let waited = self.bell.changed.wait_timeout_while(state, END_LIMIT, |state| !state.gone);
+        let gone = waited.unwrap_or_else(PoisonError::into_inner).0.gone;
+        if let Some(thread) = self.thread.take().filter(|_| gone) {
             let _ = thread.join();
         }
     }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use dunlin::Claim;
 use imago::file::File;
 use imago::qcow2::Qcow2;
 use imago::{FormatCreateBuilder, Storage, StorageCreateOptions};
@@ -220,14 +221,116 @@ fn an_image_has_one_machine() {
     one.acquire().unwrap();
     let error = other.acquire().unwrap_err().to_string();
     assert!(error.contains("another machine"), "{error}");
-    one.release().unwrap();
+    one.settle().unwrap();
+    assert!(other.acquire().is_err(), "a paused guest's image stays its own");
+    one.claim(Claim::Nothing).unwrap();
     other.acquire().unwrap();
     assert!(one.acquire().is_err());
-    other.release().unwrap();
-    let reader = DiskConfig { access: DiskAccess::ReadOnly, ..config };
+    other.claim(Claim::Nothing).unwrap();
+    let reader = DiskConfig { access: DiskAccess::ReadOnly, ..config.clone() };
     let (mut one, mut other) = (look(&reader), look(&reader));
     one.acquire().unwrap();
     other.acquire().unwrap();
+    assert!(look(&config).acquire().is_err(), "who writes it has it alone");
+}
+
+/// A move from hand to hand: whoever else tries fails at every step, and each side can do only what its part allows.
+#[test]
+fn a_third_never_gets_in_between() {
+    let (_directory, config) = blank(8);
+    let mut one = look(&config);
+    let third_fails = |step: &str| {
+        let error = look(&config).acquire().expect_err(step).to_string();
+        assert!(error.contains("another machine has it"), "{step}: {error}");
+    };
+    one.claim(Claim::Whole).unwrap();
+    third_fails("whole");
+    for hop in 0..3 {
+        let mut next = look(&config);
+        assert!(next.claim(Claim::Arrived).is_err(), "not before it is released");
+        assert_eq!(next.claimed(), Claim::Nothing);
+        one.claim(Claim::Released).unwrap();
+        third_fails("released");
+        assert!(one.acquire().is_err(), "what was released is not used");
+        // Every other hop comes to nothing: the source takes it back.
+        if hop == 1 {
+            one.claim(Claim::Whole).unwrap();
+            third_fails("taken back");
+            assert!(next.claim(Claim::Arrived).is_err());
+            one.claim(Claim::Released).unwrap();
+        }
+        next.claim(Claim::Arrived).unwrap();
+        third_fails("arrived");
+        assert!(one.claim(Claim::Whole).is_err(), "the other side has it");
+        assert_eq!(one.claimed(), Claim::Released);
+        one.claim(Claim::Nothing).unwrap();
+        third_fails("its source has let go");
+        next.claim(Claim::Whole).unwrap();
+        third_fails("whole again");
+        one = next;
+    }
+    one.claim(Claim::Nothing).unwrap();
+    look(&config).acquire().unwrap();
+}
+
+/// A byte that the other side gives up a little later is waited for.
+#[test]
+fn a_guest_that_arrives_waits_for_its_source() {
+    let (_directory, config) = blank(8);
+    let (mut one, mut other) = (look(&config), look(&config));
+    one.claim(Claim::Whole).unwrap();
+    std::thread::scope(|threads| {
+        let arrives = threads.spawn(|| other.claim(Claim::Arrived));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        one.claim(Claim::Released).unwrap();
+        arrives.join().unwrap().unwrap();
+    });
+}
+
+/// A guest goes on only on the image that it has left, wherever it goes on.
+#[test]
+fn a_changed_image_is_refused() {
+    type Change = fn(&Path);
+    let overwritten: Change = |path| {
+        use std::os::unix::fs::FileExt;
+        let file = fs::File::options().write(true).open(path).unwrap();
+        // Not the head, by which a format is known.
+        file.write_all_at(&[9; SECTOR], file.metadata().unwrap().len() - SECTOR as u64).unwrap();
+    };
+    let longer: Change = |path| fs::File::options().write(true).open(path).unwrap().set_len(1 << 20).unwrap();
+    let replaced: Change = |path| {
+        let copy = path.with_extension("copy");
+        fs::copy(path, &copy).unwrap();
+        fs::rename(copy, path).unwrap();
+    };
+    for (name, change) in [("overwritten", overwritten), ("longer", longer), ("replaced", replaced)] {
+        for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
+            let (_directory, config) = blank_of(format, 64);
+            let (mut one, mut other) = (look(&config), look(&config));
+            one.acquire().unwrap();
+            one.write(&[1; SECTOR], 0).unwrap();
+            one.settle().unwrap();
+            let left = one.left();
+            assert!(left.is_some());
+            // As it was: it goes on, here and elsewhere.
+            one.acquire().unwrap();
+            one.settle().unwrap();
+            assert_eq!(one.left(), left, "only looking at it leaves it as it was");
+            // At once, so that the kernel's coarse time of a write is of no help.
+            change(&config.path);
+            let error = one.acquire().expect_err(name).to_string();
+            let expected =
+                if name == "replaced" { "another file" } else { "it was changed while the guest was paused" };
+            assert!(error.contains(expected) || error.contains("bytes now"), "{name}: {error}");
+            one.claim(Claim::Released).unwrap();
+            if name == "overwritten" {
+                other.renew(left).unwrap();
+                other.claim(Claim::Arrived).unwrap();
+                let error = other.acquire().expect_err(name).to_string();
+                assert!(error.contains(expected), "{name}: {error}");
+            }
+        }
+    }
 }
 
 /// While a machine stands still another process may write its image: nothing that was read before is kept.
@@ -243,15 +346,20 @@ fn what_others_wrote_meanwhile_is_seen() {
             assert_eq!(sector, [value - 1; SECTOR], "{format}");
             // New clusters, so that an old mapping would show.
             one.write(&[value; SECTOR], (turn * 4096 % (64 * SECTOR)) as u64).unwrap();
-            one.release().unwrap();
+            one.settle().unwrap();
+            one.claim(Claim::Released).unwrap();
             assert!(one.read(&mut sector, 0).is_err(), "it is not open");
-            other.renew().unwrap();
+            other.renew(one.left()).unwrap();
             assert!(other.write(&sector, 0).is_err(), "not before it is locked");
+            other.claim(Claim::Arrived).unwrap();
+            one.claim(Claim::Nothing).unwrap();
             other.acquire().unwrap();
             other.read(&mut sector, (turn * 4096 % (64 * SECTOR)) as u64).unwrap();
             assert_eq!(sector, [value; SECTOR], "{format}");
             other.write(&[value; SECTOR], 0).unwrap();
-            other.release().unwrap();
+            other.settle().unwrap();
+            other.claim(Claim::Nothing).unwrap();
+            one.renew(other.left()).unwrap();
         }
         if format == DiskFormat::Qcow2 && Command::new("qemu-img").arg("--version").output().is_ok() {
             check_image(&config.path);
@@ -323,9 +431,13 @@ fn each_request_once_through_handovers() {
             let choice = next(4);
             if choice > 0 {
                 let other = &rigs[1 - at];
-                other.transport.load(state.clone(), 0).unwrap().unwrap();
+                other.transport.load(state.clone(), 0).unwrap();
+                other.transport.renew(rigs[at].transport.left()).unwrap();
                 assert_eq!(other.transport.save(), state);
-                at = if choice > 1 { 1 - at } else { at };
+                if choice > 1 {
+                    rigs[at].transport.claim(Claim::Nothing).unwrap();
+                    at = 1 - at;
+                }
             }
             rigs[at].resume();
             driver.wait_for_all("the burst");

@@ -81,7 +81,7 @@ fn carry_out(rig: &Rig, memory: &GuestMemoryMmap, deeds: &[Deed]) {
             Deed::Reload => {
                 rig.pause();
                 let state = rig.transport.save();
-                rig.transport.load(state.clone(), 0).unwrap().unwrap();
+                rig.transport.load(state.clone(), 0).unwrap();
                 assert_eq!(rig.transport.save(), state);
                 rig.resume();
             }

@@ -74,8 +74,14 @@ impl Rig {
     }
 
     pub(super) fn pause(&self) {
-        self.worker.pause();
-        self.transport.pause().unwrap();
+        self.try_pause().unwrap();
+    }
+
+    pub(super) fn try_pause(&self) -> std::io::Result<()> {
+        self.worker.hold();
+        let transport = self.transport.clone();
+        let paused = self.worker.ask(move || transport.pause(), drop);
+        paused.wait(Instant::now() + Duration::from_secs(20)).expect("it stops")
     }
 
     pub(super) fn read(&self, offset: u64) -> u32 {
