@@ -137,7 +137,7 @@ impl Receiving {
                 Err(Cause::Unexpected { message: "Pages", expected: "a message on the control connection" })
             }
             (Received::Message(Message::Mark(mark)), Some(channel)) => {
-                self.placement.complete()?;
+                self.placement.complete(channel)?;
                 Ok(Some(Event::Mark { channel, round: mark.round, place: self.place()? }))
             }
             (Received::Message(Message::Heartbeat(heartbeat)), _) => {

@@ -470,7 +470,7 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         let began = Instant::now();
-        self.placement.close()?;
+        self.placement.finish()?;
         let mut arrived = PageCounts::default();
         for (_, counters) in lock(&self.shared.channels).iter() {
             arrived += counters.pages();

@@ -63,6 +63,24 @@ impl DirtyBitmap {
         }
     }
 
+    /// Marks the pages of `range` (page numbers) clean. The summary keeps its bits: it says what may be dirty.
+    pub(crate) fn clear(&self, range: Range<usize>) {
+        let mut page = range.start;
+        while page < range.end {
+            let word = page / WORD_BITS;
+            let first = page % WORD_BITS;
+            let last = (range.end - word * WORD_BITS).min(WORD_BITS);
+            let mask = (u64::MAX << first) & (u64::MAX >> (WORD_BITS - last));
+            match self.words.get(word) {
+                // A look costs less than an exchange.
+                Some(word) if word.load(Ordering::SeqCst) & mask != 0 => drop(word.fetch_and(!mask, Ordering::SeqCst)),
+                Some(_) => {}
+                None => return,
+            }
+            page = (word + 1) * WORD_BITS;
+        }
+    }
+
     fn set_word(&self, index: usize, mask: u64) {
         let (Some(word), Some(summary)) = (self.words.get(index), self.summary.get(index / WORD_BITS)) else {
             return;

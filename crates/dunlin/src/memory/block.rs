@@ -8,62 +8,15 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use rustix::mm::Advice;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestRegionMmap, MmapRegion};
 
-use super::PAGE_SIZE;
-
-/// Guest RAM mapped into this process.
-///
-/// Implemented for vm-memory's mappings; a VMM with memory of its own kind implements it itself.
-///
-/// # Safety
-/// For as long as the value lives, `[host_address, host_address + size_bytes)` must stay mapped readable and
-/// writable. `file`, where given, must be what is mapped there, shared, from the offset on.
-pub unsafe trait RamMapping: Send + Sync {
-    /// Where the mapping starts in this process.
-    fn host_address(&self) -> NonNull<u8>;
-    /// Its length in bytes.
-    fn size_bytes(&self) -> u64;
-    /// The file behind a shared mapping and the offset of its first byte.
-    fn file(&self) -> Option<(BorrowedFd<'_>, u64)>;
-}
-
-// SAFETY: an `MmapRegion` unmaps only when dropped, and is mapped as long as it lives.
-unsafe impl<B: Bitmap + Send + Sync> RamMapping for MmapRegion<B> {
-    fn host_address(&self) -> NonNull<u8> {
-        NonNull::new(self.as_ptr()).unwrap_or(NonNull::dangling())
-    }
-
-    fn size_bytes(&self) -> u64 {
-        self.size() as u64
-    }
-
-    fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
-        let offset = self.file_offset()?;
-        (self.flags() & libc::MAP_SHARED != 0).then(|| (offset.file().as_fd(), offset.start()))
-    }
-}
-
-// SAFETY: a `GuestRegionMmap` holds its `MmapRegion`.
-unsafe impl<B: Bitmap + Send + Sync> RamMapping for GuestRegionMmap<B> {
-    fn host_address(&self) -> NonNull<u8> {
-        RamMapping::host_address(&**self)
-    }
-
-    fn size_bytes(&self) -> u64 {
-        RamMapping::size_bytes(&**self)
-    }
-
-    fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
-        RamMapping::file(&**self)
-    }
-}
+use super::file::RamFile;
+use super::mapping::{RamKind, RamMapping};
+use super::{PAGE_SIZE, holes};
 
 /// What can go wrong with guest RAM in this process.
 #[derive(Debug, thiserror::Error)]
@@ -100,6 +53,15 @@ pub enum MemoryError {
         /// Number of bytes.
         length: u64,
     },
+    /// The mapping is not both readable and writable.
+    #[error(
+        "RAM block {block}: its mapping is not readable and writable; map guest RAM with PROT_READ | PROT_WRITE, and leave \
+         read-only regions (ROM) out of the machine's RAM"
+    )]
+    Access {
+        /// The block's name.
+        block: String,
+    },
     /// The kernel refused.
     #[error("RAM block {block}: could not {doing}: {source}")]
     Kernel {
@@ -120,8 +82,9 @@ pub struct RamBlock {
     address: NonNull<u8>,
     size_bytes: u64,
     host_page_size: u64,
-    /// Our own open file of the memfd, so that asking it for holes does not move the VMM's file position.
-    file: Option<Arc<(File, u64)>>,
+    shared: bool,
+    pinned: bool,
+    file: Option<Arc<RamFile>>,
 }
 
 // SAFETY: the pointer is derived from `mapping`, which is Send + Sync and keeps the memory mapped.
@@ -143,7 +106,7 @@ impl RamBlock {
     /// A block called `name` over the whole of `mapping`.
     ///
     /// # Errors
-    /// [`MemoryError::Size`] or [`MemoryError::Name`].
+    /// [`MemoryError::Size`], [`MemoryError::Name`] or [`MemoryError::Access`].
     pub fn new(name: impl Into<String>, mapping: Arc<dyn RamMapping>) -> Result<Self, MemoryError> {
         let name = name.into();
         if name.is_empty() || name.len() > 255 {
@@ -153,10 +116,30 @@ impl RamBlock {
         if size_bytes == 0 || !size_bytes.is_multiple_of(PAGE_SIZE) {
             return Err(MemoryError::Size { block: name, size_bytes });
         }
+        if !mapping.is_accessible() {
+            return Err(MemoryError::Access { block: name });
+        }
         let address = mapping.host_address();
-        let host_page_size = mapping.file().map_or(PAGE_SIZE, |(fd, _)| host_page_size(fd));
-        let file = mapping.file().and_then(|(fd, offset)| Some(Arc::new((reopen(fd)?, offset))));
-        Ok(Self { name, mapping, address, size_bytes, host_page_size, file })
+        let (host_page_size, file) = match mapping.kind() {
+            RamKind::SharedFile { file, offset } => (
+                holes::huge_page_bytes(file).unwrap_or(PAGE_SIZE),
+                RamFile::open(file, offset, size_bytes).map(Arc::new),
+            ),
+            _ => (PAGE_SIZE, None),
+        };
+        let shared = matches!(mapping.kind(), RamKind::SharedFile { .. } | RamKind::SharedAnonymous);
+        Ok(Self { name, mapping, address, size_bytes, host_page_size, shared, pinned: false, file })
+    }
+
+    /// Forbids giving the block's pages back to the host.
+    ///
+    /// Needed where a device holds on to the pages themselves, as VFIO does for DMA: a page that was given back and touched
+    /// again is another one, and the device goes on with the old one. A destination then writes zeros instead, which takes
+    /// time and keeps the memory allocated.
+    #[must_use]
+    pub fn pinned(mut self) -> Self {
+        self.pinned = true;
+        self
     }
 
     /// Says that the block is backed by pages of `bytes`, for mappings whose file does not tell (anonymous huge
@@ -212,8 +195,11 @@ impl RamBlock {
         }
     }
 
-    /// Copies guest RAM from `offset` on into `buffer`. The guest may be writing meanwhile; a page torn by that
-    /// is dirty again and travels again.
+    /// Copies guest RAM from `offset` on into `buffer`.
+    ///
+    /// The guest may be writing meanwhile, as with vm-memory's accesses: the copy may then hold some of the old bytes and some
+    /// of the new ones. A page torn by that is dirty again and travels again. Has the host allocate a page that it has not
+    /// allocated yet; [`peek`](Self::peek) does not.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`].
@@ -222,6 +208,44 @@ impl RamBlock {
         // SAFETY: `pointer` checked the range; `buffer` is ours and cannot overlap guest RAM, which no safe
         // reference ever points into. Concurrent guest writes give mixed bytes, which the caller allows for.
         unsafe { std::ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), buffer.len()) };
+        Ok(())
+    }
+
+    /// As [`read`](Self::read), but leaves holes as they are: a page that the host has not allocated is not allocated by being
+    /// read, and reads as zeros.
+    ///
+    /// Slower than [`read`](Self::read), by a system call. Not every hole can be told: in shared anonymous memory none can on a
+    /// host with swap, and reading a private mapping of a file brings the file's pages into the host's page cache.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`], and [`MemoryError::Kernel`] where the file behind the block has become shorter.
+    pub fn peek(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryError> {
+        let length = buffer.len() as u64;
+        self.pointer(offset, length)?;
+        if let Some(file) = &self.file {
+            match file.read(offset, buffer) {
+                // A file system whose files cannot be read: what is left is to read the memory.
+                Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {}
+                other => {
+                    let doing = "read the file behind it";
+                    return other.map_err(|source| MemoryError::Kernel { block: self.name.clone(), doing, source });
+                }
+            }
+        }
+        if !self.shared {
+            return self.read(offset, buffer);
+        }
+        let mut parts = Vec::new();
+        let end = offset.saturating_add(length).next_multiple_of(PAGE_SIZE).min(self.size_bytes);
+        self.data_in(offset / PAGE_SIZE * PAGE_SIZE..end, &mut parts);
+        buffer.fill(0);
+        for part in parts {
+            let (start, end) = (part.start.max(offset), part.end.min(offset.saturating_add(length)));
+            let within = start.saturating_sub(offset) as usize..end.saturating_sub(offset) as usize;
+            if let Some(piece) = buffer.get_mut(within) {
+                self.read(start, piece)?;
+            }
+        }
         Ok(())
     }
 
@@ -282,13 +306,49 @@ impl RamBlock {
         self.advise(range, Advice::LinuxPopulateWrite, "populate pages (madvise MADV_POPULATE_WRITE)")
     }
 
-    /// Gives every page of the block back to the host: afterwards it reads as zeros and costs no memory.
+    /// Gives every page of the block back to the host, so that it reads as zeros and costs no memory. The parts that may
+    /// still hold what was there go to `left`, in order: all of the block where its pages cannot be given back.
     ///
-    /// # Errors
-    /// [`MemoryError::Kernel`] where the mapping cannot do it.
-    pub(crate) fn discard(&self) -> Result<(), MemoryError> {
-        let advice = if self.mapping.file().is_some() { Advice::LinuxRemove } else { Advice::LinuxDontNeed };
-        self.advise(0..self.size_bytes, advice, "give its pages back (madvise)")
+    /// What gives a page back depends on how it is mapped. `MADV_DONTNEED` drops the pages of a private mapping only: in a
+    /// shared one they stay, and in a private mapping of a file the file's contents come back. `MADV_REMOVE` makes a hole in
+    /// the memory behind a shared mapping, and fails for private ones.
+    pub(crate) fn discard(&self, left: &mut Vec<Range<u64>>) {
+        left.clear();
+        let all = 0..self.size_bytes;
+        let advice = match self.mapping.kind() {
+            _ if self.pinned => None,
+            RamKind::PrivateAnonymous => Some(Advice::LinuxDontNeed),
+            RamKind::SharedAnonymous | RamKind::SharedFile { .. } => Some(Advice::LinuxRemove),
+            RamKind::PrivateFile | RamKind::Unknown => None,
+        };
+        let given =
+            advice.is_some_and(|advice| self.advise(all.clone(), advice, "give its pages back (madvise)").is_ok());
+        if given { self.present_in(all, left) } else { left.push(all) }
+    }
+
+    /// The parts of `range` (bytes, page-aligned) that are in the host's memory, in order; all of it where the kernel does
+    /// not say. Of a block that was [discarded](Self::discard), all else is zero.
+    pub(crate) fn present_in(&self, range: Range<u64>, parts: &mut Vec<Range<u64>>) {
+        /// One piece's answer takes 64 KiB.
+        const PIECE: u64 = 256 << 20;
+        parts.clear();
+        let mut at = match self.file.as_ref().filter(|file| file.knows_holes()) {
+            Some(file) => file.data_from(range.start).map_or(range.end, |data| data / PAGE_SIZE * PAGE_SIZE),
+            None => range.start,
+        };
+        while at < range.end {
+            let end = at.saturating_add(PIECE).min(range.end);
+            match self.pointer(at, end.saturating_sub(at)).ok().and_then(|pointer| holes::resident(pointer, end - at)) {
+                Some(resident) => {
+                    let pages = (at..end).step_by(holes::page_bytes() as usize).zip(resident);
+                    for (start, _) in pages.filter(|(_, resident)| *resident) {
+                        holes::join(parts, start..start.saturating_add(holes::page_bytes()).min(end));
+                    }
+                }
+                None => holes::join(parts, at..end),
+            }
+            at = end;
+        }
     }
 
     fn advise(&self, range: Range<u64>, advice: Advice, doing: &'static str) -> Result<(), MemoryError> {
@@ -305,59 +365,49 @@ impl RamBlock {
         }
     }
 
-    /// The parts of `range` (bytes, page-aligned) that may hold anything but zeros go to `parts`, in order: for a memfd
-    /// what is not a hole, for other memory everything.
+    /// The parts of `range` (bytes, page-aligned) that may hold anything but zeros go to `parts`, in order: for shared memory
+    /// what is not a hole, for private memory everything. Reading a hole of shared memory has the host allocate it.
     ///
     /// Asks for no more than the range: the kernel's search for the end of a file's data holds the processor for as
     /// long as there is data, 30 ms a GiB.
     pub(crate) fn data_in(&self, range: Range<u64>, parts: &mut Vec<Range<u64>>) {
         parts.clear();
-        let first = self.seek_data(range.start).unwrap_or(range.end);
-        if first >= range.end {
+        if !self.shared {
+            return holes::join(parts, range);
+        }
+        let seeking = self.file.as_ref().filter(|file| file.knows_holes());
+        let start = match seeking {
+            Some(file) => file.data_from(range.start).unwrap_or(range.end),
+            None => range.start,
+        };
+        if start >= range.end {
             return;
         }
-        let mut add = |part: Range<u64>| match parts.last_mut() {
-            Some(last) if last.end == part.start => last.end = part.end,
-            _ => parts.push(part),
-        };
-        let page = rustix::param::page_size() as u64;
-        let start = first / page * page;
-        let Some(resident) = self.resident(start..range.end) else { return add(start.max(range.start)..range.end) };
-        // A page that is not resident is a hole, or swapped out and data.
-        let mut known_hole = start;
-        for (at, resident) in (start..range.end).step_by(page as usize).zip(resident) {
-            let end = at.saturating_add(page).min(range.end);
-            if !resident && end > known_hole {
-                known_hole = self.seek_data(at).unwrap_or(range.end);
+        let page = holes::page_bytes();
+        let start = start / page * page;
+        // Without swap, a page that is not in the host's memory is a hole. Asked before and after, so that no page can have
+        // been swapped out while the kernel looked.
+        let without_swap = self.file.is_none() && holes::without_swap();
+        let resident =
+            self.pointer(start, range.end - start).ok().and_then(|at| holes::resident(at, range.end - start));
+        let without_swap = without_swap && resident.is_some() && holes::without_swap();
+        let resident = resident.unwrap_or_else(|| vec![false; (range.end - start).div_ceil(page) as usize]);
+        let mut pages = (start..range.end).step_by(page as usize).zip(resident).peekable();
+        while let Some((at, is_resident)) = pages.next() {
+            let mut end = at.saturating_add(page).min(range.end);
+            while let Some((next, _)) = pages.next_if(|(_, next)| *next == is_resident) {
+                end = next.saturating_add(page).min(range.end);
             }
-            if resident || known_hole < end {
-                add(at.max(range.start)..end);
+            let at = at.max(range.start);
+            match (&self.file, seeking) {
+                _ if is_resident => holes::join(parts, at..end),
+                // Each is a hole, or swapped out and data, or not mapped yet and data.
+                (_, Some(file)) => file.seek_data_in(at..end, parts),
+                (Some(file), _) => file.find_data_in(at..end, parts),
+                (None, _) if without_swap => {}
+                (None, _) => holes::join(parts, at..end),
             }
         }
-    }
-
-    /// The first byte at or after `from` that is not in a hole; `None` when only holes follow.
-    fn seek_data(&self, from: u64) -> Option<u64> {
-        let Some(file) = &self.file else { return Some(from) };
-        let (file, base) = &**file;
-        match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(base.saturating_add(from))) {
-            Ok(start) => Some(start.saturating_sub(*base).max(from)),
-            Err(rustix::io::Errno::NXIO) => None,
-            // A file that does not tell its holes is all data.
-            Err(_) => Some(from),
-        }
-    }
-
-    /// Whether each page of `range` is in the host's memory; `None` where the kernel does not say, or does not of
-    /// holes.
-    fn resident(&self, range: Range<u64>) -> Option<Vec<bool>> {
-        self.file.as_ref()?;
-        let length = range.end.saturating_sub(range.start);
-        let pointer = self.pointer(range.start, length).ok()?;
-        let mut pages = vec![0u8; (length as usize).div_ceil(rustix::param::page_size())];
-        // SAFETY: `pointer` checked the range, and the vector has a byte for each of its pages.
-        let result = unsafe { libc::mincore(pointer.cast(), length as usize, pages.as_mut_ptr()) };
-        (result == 0).then(|| pages.iter().map(|page| page & 1 != 0).collect())
     }
 }
 
@@ -381,8 +431,8 @@ impl GuestSlice<'_> {
 
     /// The file behind it and the place there, where a file's pages can go into a socket: those of hugetlbfs cannot.
     pub(crate) fn file(&self) -> Option<(&File, u64)> {
-        let (file, base) = self.block.file.as_deref().filter(|_| self.block.host_page_size == PAGE_SIZE)?;
-        Some((file, base.saturating_add(self.offset)))
+        let file = self.block.file.as_deref().filter(|_| self.block.host_page_size == PAGE_SIZE)?;
+        Some(file.place(self.offset))
     }
 
     /// Copies the bytes from `at` on into `buffer`. The guest may be writing meanwhile, as for [`RamBlock::read`].
@@ -390,25 +440,19 @@ impl GuestSlice<'_> {
         self.block.read(self.offset.saturating_add(at as u64), buffer)
     }
 
-    /// Feeds the bytes to `digest`; only at the destination, before a vCPU runs.
-    pub(crate) fn with_bytes<T>(&self, digest: impl FnOnce(&[u8]) -> T) -> T {
-        // SAFETY: the range was checked. On the destination of a running migration nobody but this channel's
-        // thread writes to its chunks, so the bytes do not change while the closure looks at them.
-        digest(unsafe { std::slice::from_raw_parts(self.pointer, self.length) })
+    /// Copies the bytes out, as much as `buffer` holds at a time, and gives each piece to `each`. They are not lent where they
+    /// are: that nobody writes to guest RAM meanwhile is for the VMM to keep, and no promise of the type system.
+    pub(crate) fn copy_out(&self, buffer: &mut [u8], mut each: impl FnMut(&[u8])) -> Result<(), MemoryError> {
+        let step = buffer.len().max(1);
+        for at in (0..self.length).step_by(step) {
+            let length = self.length.saturating_sub(at).min(step);
+            if let Some(piece) = buffer.get_mut(..length) {
+                self.read(at, piece)?;
+                each(piece);
+            }
+        }
+        Ok(())
     }
-}
-
-/// Hugetlbfs tells its page size as the file system's block size.
-fn host_page_size(fd: BorrowedFd<'_>) -> u64 {
-    const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
-    match rustix::fs::fstatfs(fd) {
-        Ok(stat) if stat.f_type as u64 == HUGETLBFS_MAGIC => stat.f_bsize as u64,
-        _ => PAGE_SIZE,
-    }
-}
-
-fn reopen(fd: BorrowedFd<'_>) -> Option<File> {
-    File::options().read(true).open(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()
 }
 
 /// All RAM of a machine.
@@ -457,6 +501,12 @@ impl Ram {
         Self::new(blocks)
     }
 
+    /// All blocks [pinned](RamBlock::pinned).
+    #[must_use]
+    pub fn pinned(self) -> Self {
+        Self { blocks: self.blocks.into_iter().map(RamBlock::pinned).collect() }
+    }
+
     /// The blocks, in the machine's order.
     pub fn blocks(&self) -> &[RamBlock] {
         &self.blocks
@@ -469,58 +519,5 @@ impl Ram {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-    use vm_memory::FileOffset;
-
-    use super::*;
-
-    const PAGES: u64 = 64;
-
-    /// A memfd of 64 pages, some written through a mapping, some through the file, and all else holes.
-    fn sparse(mapped: &[u64], written: &[u64]) -> RamBlock {
-        let fd = rustix::fs::memfd_create("sparse", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        let file = File::from(fd);
-        // Not from the file's start, as a machine with several blocks in one file has it.
-        file.set_len((PAGES + 3) * PAGE_SIZE).unwrap();
-        for page in written {
-            std::os::unix::fs::FileExt::write_at(&file, &[7], (page + 3) * PAGE_SIZE + 100).unwrap();
-        }
-        let offset = FileOffset::new(file, 3 * PAGE_SIZE);
-        let region = MmapRegion::<()>::from_file(offset, (PAGES * PAGE_SIZE) as usize).unwrap();
-        let block = RamBlock::new("ram", Arc::new(region)).unwrap();
-        for page in mapped {
-            block.write(page * PAGE_SIZE + 9, &[8]).unwrap();
-        }
-        block
-    }
-
-    proptest! {
-        /// Against the pages that were written: all of them, and no others.
-        #[test]
-        fn data_is_what_was_written(
-            mapped in proptest::collection::vec(0..PAGES, 0..20),
-            written in proptest::collection::vec(0..PAGES, 0..20),
-            range in (0..PAGES, 1..=PAGES),
-        ) {
-            let block = sparse(&mapped, &written);
-            let range = range.0..range.0.saturating_add(range.1).min(PAGES);
-            let mut parts = Vec::new();
-            block.data_in(range.start * PAGE_SIZE..range.end * PAGE_SIZE, &mut parts);
-            let expected: Vec<u64> = range.filter(|page| mapped.contains(page) || written.contains(page)).collect();
-            let found: Vec<u64> =
-                parts.iter().flat_map(|part| part.start / PAGE_SIZE..part.end / PAGE_SIZE).collect();
-            prop_assert_eq!(found, expected);
-            prop_assert!(parts.windows(2).all(|pair| pair[0].end < pair[1].start), "joined where they meet");
-        }
-    }
-
-    #[test]
-    fn memory_without_a_file_is_all_data() {
-        let region = MmapRegion::<()>::new((PAGES * PAGE_SIZE) as usize).unwrap();
-        let block = RamBlock::new("ram", Arc::new(region)).unwrap();
-        let mut parts = Vec::new();
-        block.data_in(PAGE_SIZE..5 * PAGE_SIZE, &mut parts);
-        assert_eq!((parts.len(), parts.first()), (1, Some(&(PAGE_SIZE..5 * PAGE_SIZE))));
-    }
-}
+#[path = "block_tests.rs"]
+mod tests;

@@ -1,7 +1,7 @@
 //! RAM as the engine sees it.
 //!
 //! [`RamBlock`]s over the VMM's own mappings, the two-level [`DirtyBitmap`], and the [`DirtyTracker`]s that say
-//! which pages were written. `userfault` and `pagemap` wrap the two kernel interfaces that tracking without a
+//! which pages were written. `mapping` says how RAM is mapped, `file` and `holes` find what of it was never written. `userfault` and `pagemap` wrap the two kernel interfaces that tracking without a
 //! hypervisor stands on.
 //!
 //! This is one of the two places in the crate where `unsafe` is allowed: guest RAM is shared with vCPUs that go
@@ -9,15 +9,19 @@
 
 mod bitmap;
 mod block;
+mod file;
+mod holes;
 mod kvm;
+mod mapping;
 mod pagemap;
 mod tracker;
 mod userfault;
 mod write_protect;
 
 pub use bitmap::DirtyBitmap;
-pub use block::{MemoryError, Ram, RamBlock, RamMapping};
+pub use block::{MemoryError, Ram, RamBlock};
 pub use kvm::{KvmDirtyLog, KvmDirtyRing, KvmDirtyRings, KvmRingSize, KvmSlot};
+pub use mapping::{RamKind, RamMapping};
 pub use tracker::{DirtyTracker, TrackerError};
 pub use write_protect::WriteProtectTracker;
 
