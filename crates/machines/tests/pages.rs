@@ -6,7 +6,7 @@ mod common;
 
 use std::sync::{Arc, Mutex};
 
-use common::{MIB, Random, empty_on, move_guest, parameters, source_on};
+use common::{MIB, Random, empty_on, move_guest, parameters, source_on, source_with};
 use dunlin::memory::{DirtyTracker, Ram, RamBlock, WriteProtectTracker};
 use dunlin::{Destination, Guest, Machine, MachineError, Parameters, Source, StartPermit, StateSection, Status};
 use dunlin_machines::{Backing, SyntheticMachine};
@@ -164,5 +164,39 @@ fn a_clean_huge_page_lands_as_one() {
         // The kernel may be short of huge pages at times: most of them will do.
         let huge = huge_bytes().saturating_sub(before);
         assert!(huge >= memory / 2, "{from}: {huge} of {memory} bytes lie in huge pages");
+    }
+}
+
+/// Memory of hugetlbfs, or of other files, that this process has mapped and the host has allocated.
+fn file_bytes(backing: Backing) -> u64 {
+    let field = if backing.page_bytes() > 4096 { "HugetlbPages:" } else { "RssShmem:" };
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with(field)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+/// A machine that has touched little of its RAM: leaving, and being verified on either side, does not make it grow.
+#[test]
+fn what_was_never_touched_costs_nothing() {
+    let _alone = ALONE.lock();
+    // The kernel counts neither pages of zeros in anonymous memory nor a machine of a single page.
+    for backing in backings(memory).into_iter().filter(|backing| [Backing::Base, Backing::Huge2M].contains(backing)) {
+        let memory = memory(backing);
+        let before = file_bytes(backing);
+        let source = source_with(backing, memory, 1, "idle", 3, "zero:100,random:0,text:0");
+        let destination = empty_on(Backing::Base, memory, 1);
+        let grown = |at: &str| {
+            let grown = file_bytes(backing).saturating_sub(before);
+            assert!(grown <= memory / 4, "{backing}: {grown} bytes allocated of {memory} {at}");
+        };
+        grown("by making the machine");
+        source.guest.stop().unwrap();
+        source.assert_good("sparse");
+        grown("by verifying it");
+        source.guest.cont().unwrap();
+        move_guest(&source, &destination, "tcp:127.0.0.1:0", &Parameters::default());
+        grown("by moving it");
+        destination.assert_good("sparse");
+        grown("by verifying it at the destination");
     }
 }

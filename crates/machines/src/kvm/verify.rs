@@ -124,7 +124,7 @@ fn low(
 ) -> Result<(), KvmError> {
     let mut expected = known.program.low_memory(memory_end, progress.len() as u32);
     let mut found = vec![0; LOW_BYTES as usize];
-    block.read(0, &mut found)?;
+    block.peek(0, &mut found)?;
     report.pages_written += progress.len() as u64;
     known.program.expect_low(&mut expected, &found, progress, |fault| report.fault(|| fault));
     for (number, (found, expected)) in found.chunks(4096).zip(expected.chunks(4096)).enumerate() {
@@ -173,7 +173,7 @@ fn check_page(
     let offset = page * PAGE;
     let guest_address = address + offset;
     let (mut found, mut expected): (Page, Page) = ([0; 4096], [0; 4096]);
-    block.read(offset, &mut found)?;
+    block.peek(offset, &mut found)?;
     known.fill.page(known.seed, guest_address / PAGE, &mut expected);
     report.pages_checked += 1;
     let Some((vcpu, place)) = known.program.visitor(guest_address) else {
