@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use common::{Random, parameters};
+use dunlin::StartPermit;
 use dunlin::memory::{DirtyTracker, Ram, RamBlock, WriteProtectTracker};
 use dunlin::{Destination, Guest, Machine, MachineError, Parameters, Source, StateSection, Status};
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -39,7 +40,7 @@ impl Machine for Bare {
     fn pause(&self) -> Result<(), MachineError> {
         Ok(())
     }
-    fn resume(&self) -> Result<(), MachineError> {
+    fn resume(&self, _: &StartPermit) -> Result<(), MachineError> {
         Ok(())
     }
     fn save(&self) -> Result<Vec<StateSection>, MachineError> {

@@ -64,14 +64,6 @@ enum Said {
     Start(Hello, Box<Start>, u64),
 }
 
-/// What to do with a connection that has said hello.
-enum Verdict {
-    /// It is placed, or refused.
-    Settled,
-    /// A session is being cleared away for it.
-    Wait(Waiting),
-}
-
 struct Acceptor<'a> {
     shared: &'a Arc<Shared>,
     listener: Listener,
@@ -210,28 +202,28 @@ impl Acceptor<'_> {
                 }
                 continue;
             }
-            if let Verdict::Wait(waiting) = self.serve(waiting) {
+            if let Some(waiting) = self.serve(waiting) {
                 self.waiting.push(waiting);
             }
         }
     }
 
-    /// What to do with a connection, after what it has said.
-    fn serve(&mut self, mut waiting: Waiting) -> Verdict {
+    /// Acts on what a connection has said; gives it back if more is to come.
+    fn serve(&mut self, mut waiting: Waiting) -> Option<Waiting> {
         let late = waiting.since.elapsed() > HELLO_TIMEOUT;
         match std::mem::replace(&mut waiting.said, Said::Nothing) {
             Said::Nothing if late && !waiting.given => {
                 self.refuse(&waiting.connection, format!("it said no hello within {HELLO_TIMEOUT:?}"));
-                Verdict::Settled
+                None
             }
             Said::Greeted(_) if late => {
                 let reason = format!("it did not say within {HELLO_TIMEOUT:?} what is coming");
                 self.turn_away(waiting.connection, reason);
-                Verdict::Settled
+                None
             }
             said @ (Said::Nothing | Said::Greeted(_)) => {
                 waiting.said = said;
-                Verdict::Wait(waiting)
+                Some(waiting)
             }
             Said::Hello(hello) => self.dispatch(waiting, hello),
             Said::Start(hello, start, bytes) => self.begin(waiting.connection, hello, *start, bytes),
@@ -258,14 +250,14 @@ impl Acceptor<'_> {
         tell(connection, &[abort]);
     }
 
-    fn dispatch(&mut self, waiting: Waiting, hello: Hello) -> Verdict {
+    fn dispatch(&mut self, waiting: Waiting, hello: Hello) -> Option<Waiting> {
         match hello.role {
             Role::Control | Role::Single => self.greet(waiting, hello),
             Role::Data { index } => {
                 let mut connection = waiting.connection;
                 connection.rename(&hello.role.to_string());
                 self.hand_to_session(hello.session, connection, |connection| Event::Data { index, connection });
-                Verdict::Settled
+                None
             }
             Role::Reconnect => {
                 match self.ended.iter().find(|ended| ended.id == hello.session) {
@@ -275,7 +267,7 @@ impl Acceptor<'_> {
                     Some(_) => {}
                     None => self.hand_to_session(hello.session, waiting.connection, Event::Again),
                 }
-                Verdict::Settled
+                None
             }
         }
     }
@@ -292,11 +284,11 @@ impl Acceptor<'_> {
     }
 
     /// Someone wants to migrate. What is coming decides; until it is known this changes nothing.
-    fn greet(&mut self, mut waiting: Waiting, hello: Hello) -> Verdict {
+    fn greet(&mut self, mut waiting: Waiting, hello: Hello) -> Option<Waiting> {
         self.collect_session();
         if let Some(reason) = self.closed_to_migrations() {
             self.refuse(&waiting.connection, reason.to_owned());
-            return Verdict::Settled;
+            return None;
         }
         if self.session.is_some() {
             return self.busy(waiting, hello);
@@ -304,12 +296,12 @@ impl Acceptor<'_> {
         waiting.connection.rename(&hello.role.to_string());
         if let Err(cause) = answer_hello(&waiting.connection, &HelloReply::Welcome) {
             self.shared.refused(waiting.connection.name(), &cause.to_string());
-            return Verdict::Settled;
+            return None;
         }
         waiting.bytes.clear();
         waiting.said = Said::Greeted(hello);
         waiting.since = Instant::now();
-        Verdict::Wait(waiting)
+        Some(waiting)
     }
 
     fn hand_to_session(&self, id: SessionId, connection: Connection, event: impl FnOnce(Connection) -> Event) {
@@ -327,15 +319,15 @@ impl Acceptor<'_> {
     }
 
     /// A new migration.
-    fn begin(&mut self, connection: Connection, hello: Hello, start: Start, bytes: u64) -> Verdict {
+    fn begin(&mut self, connection: Connection, hello: Hello, start: Start, bytes: u64) -> Option<Waiting> {
         self.collect_session();
         if let Some(reason) = self.closed_to_migrations() {
             self.turn_away(connection, reason.to_owned());
-            return Verdict::Settled;
+            return None;
         }
         if self.session.is_some() {
             self.turn_away(connection, BUSY.to_owned());
-            return Verdict::Settled;
+            return None;
         }
         let (events, incoming) = mpsc::channel();
         let (tell, outcome) = mpsc::channel();
@@ -352,7 +344,7 @@ impl Acceptor<'_> {
             Ok(coming) => coming,
             Err(error) => {
                 self.turn_away(connection, error.to_string());
-                return Verdict::Settled;
+                return None;
             }
         };
         *lock(&self.shared.session) = Some(Current { id: hello.session, coming, events: events.clone() });
@@ -371,16 +363,16 @@ impl Acceptor<'_> {
                 self.shared.refused("a migration", &cause.to_string());
             }
         }
-        Verdict::Settled
+        None
     }
 
-    fn busy(&self, mut waiting: Waiting, hello: Hello) -> Verdict {
+    fn busy(&self, mut waiting: Waiting, hello: Hello) -> Option<Waiting> {
         waiting.said = Said::Hello(hello);
         if waiting.since.elapsed() < BUSY_GRACE {
-            return Verdict::Wait(waiting);
+            return Some(waiting);
         }
         self.refuse(&waiting.connection, BUSY.to_owned());
-        Verdict::Settled
+        None
     }
 
     /// Puts away a session that has told its end. Not asked is whether its thread has ended: it wakes this one before
