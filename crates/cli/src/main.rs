@@ -41,6 +41,8 @@ use crate::interrupts::Interrupts;
 enum Outcome {
     Success,
     Interrupted,
+    /// The process was made to end with a guest of which nobody knows which side it is on.
+    UndecidedLost,
     /// The guest has ended, and this is the process's exit status.
     GuestEnded(u8),
 }
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
     match carry_out(command) {
         Ok(Outcome::Success) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted) => ExitCode::from(130),
+        Ok(Outcome::UndecidedLost) => ExitCode::from(4),
         Ok(Outcome::GuestEnded(status)) => ExitCode::from(status),
         Err(error) => {
             terminal::note(&terminal::one_line(&error));

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use dunlin::units::format_size;
-use dunlin::{Guest, GuestPlace, Machine, MachineError, Report, Side, Status, Uri};
+use dunlin::{Guest, GuestPlace, Machine, MachineError, Ownership, Report, Side, Status, Uri};
 use dunlin_machines::{SyntheticConfig, SyntheticMachine};
 use dunlin_monitor::metrics::MetricsServer;
 use dunlin_monitor::{Server, ShutdownCause, Verification, Vm};
@@ -68,10 +68,21 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     terminal::out(&state)?;
     let mut teller = Teller::default();
     let mut guest_ended = None;
-    while !interrupts.arrived() && guest_ended.is_none() && !vm.wait_for_quit(Duration::from_millis(50)) {
+    let mut warned = false;
+    while guest_ended.is_none() && !vm.wait_for_quit(Duration::from_millis(50)) {
         teller.look(vm.report().as_ref());
         guest_ended = guest_end();
+        if interrupts.arrived() {
+            if warned || !is_undecided(&vm) {
+                break;
+            }
+            // This may be the only copy there is.
+            warned = true;
+            interrupts.forget();
+            terminal::note(KEEPS_UNDECIDED);
+        }
     }
+    let undecided = is_undecided(&vm);
     if let Some(end) = &guest_ended {
         terminal::note(&end.line);
         vm.announce_shutdown(ShutdownCause::GuestShutdown);
@@ -91,7 +102,19 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     if let Some(end) = guest_ended {
         return Ok(Outcome::GuestEnded(end.status));
     }
+    if undecided {
+        terminal::note("ended with a guest that was undecided: what was here of it is lost");
+        return Ok(Outcome::UndecidedLost);
+    }
     Ok(if interrupts.by_keyboard() { Outcome::Interrupted } else { Outcome::Success })
+}
+
+/// Said to whoever asks this process to end while its guest is undecided.
+const KEEPS_UNDECIDED: &str = "not ended: it is undecided whether the guest is here or at the other side, and this may be the only \
+    copy of it; decide on one side (dunlin cont --take-back), or ask once more to end and lose what is here";
+
+fn is_undecided(vm: &Vm) -> bool {
+    vm.guest().ownership() == Ownership::Undecided
 }
 
 fn serve_metrics(address: &str, vm: &Arc<Vm>) -> Result<MetricsServer> {
@@ -228,6 +251,7 @@ fn listen(vm: &Vm, uri: &Uri) -> Result<Uri> {
 struct Teller {
     ended: Option<EndKey>,
     refused: u64,
+    undecided: bool,
 }
 
 /// What tells one ended migration from another: session, side and length.
@@ -260,6 +284,13 @@ impl Teller {
         if key.is_some() && key != self.ended {
             news.push(end(report));
         }
+        // A destination whose source was lost has not ended, but waits for somebody.
+        let undecided = report.guest == GuestPlace::Undecided && report.error.is_some();
+        if undecided && !self.undecided && key.is_none() {
+            let why = report.error.as_ref().map_or("", |error| &error.message);
+            news.push(format!("the guest is undecided: {why}"));
+        }
+        self.undecided = undecided;
         self.ended = key;
         news
     }

@@ -631,6 +631,27 @@ fn kvm_freeze_the_destination() {
     kvm_table(Fault::FreezeDestination);
 }
 
+/// A destination that may have the only copy of the guest does not end because somebody has not looked: it says why, and ends
+/// when it is asked once more, with a status of its own.
+#[test]
+fn an_undecided_destination_does_not_just_end() {
+    let _turn = turn();
+    let trial = Trial::start(Kind::Synthetic);
+    trial.proxy.at(Frame::Release, When::Before, trial.action(Fault::KillSource, Duration::ZERO));
+    trial.source.migrate(&trial.proxy.uri());
+    let destination = &trial.destination;
+    until("it is said to be undecided", PATIENCE, || {
+        destination.said().contains("the guest is undecided: destination, handover").then_some(())
+    });
+    destination.killer().terminate();
+    until("it says why it does not end", PATIENCE, || destination.said().contains("not ended").then_some(()));
+    assert_eq!(destination.report().unwrap().guest, GuestPlace::Undecided, "{}", destination.said());
+    destination.killer().terminate();
+    let code = until("it ends", PATIENCE, || destination.exit_code());
+    assert_eq!(code, 4, "{}", destination.said());
+    assert!(destination.said().contains("what was here of it is lost"), "{}", destination.said());
+}
+
 /// The destination stands still anywhere between Ready and its first instruction, somebody takes the guest back at the source
 /// meanwhile, and it goes on: what it has heard is too old by then. Where it had begun to run the guest before, it hears of
 /// the decision, stops, and keeps it.

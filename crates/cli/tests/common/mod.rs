@@ -102,6 +102,11 @@ impl Killer {
         });
     }
 
+    /// SIGTERM.
+    pub fn terminate(&self) {
+        self.signal(Signal::TERM);
+    }
+
     /// SIGCONT.
     pub fn thaw(&self) {
         self.signal(Signal::CONT);
@@ -196,6 +201,11 @@ impl Machine {
     /// Whether its process still runs.
     pub fn is_alive(&self) -> bool {
         self.child.0.lock().unwrap().try_wait().unwrap().is_none()
+    }
+
+    /// Its exit status, once it has ended.
+    pub fn exit_code(&self) -> Option<i32> {
+        self.child.0.lock().unwrap().try_wait().unwrap().and_then(|status| status.code())
     }
 
     /// What it has said on standard error so far.
