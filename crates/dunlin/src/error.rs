@@ -408,6 +408,9 @@ impl Cause {
                 | Self::Closed { .. }
                 | Self::Silent { .. }
                 | Self::Wire { .. }
+                | Self::Dead { .. }
+                | Self::Mute { .. }
+                | Self::Unanswered { .. }
                 | Self::Command { .. }
                 | Self::Uri(_)
         )

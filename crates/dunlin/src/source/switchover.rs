@@ -505,7 +505,8 @@ pub(super) fn tell(shared: &Shared, patience: Duration, cause: Option<&Cause>) {
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = lock(&shared.parameters).link_timeout.min(left);
         let told = Again::open(shared, session, limit).and_then(|mut again| again.settle(cause));
-        if !matches!(&told, Err(cause) if cause.is_of_link()) {
+        // Anything else is the destination's word.
+        if !matches!(&told, Err(cause) if cause.is_of_link() || matches!(cause, Cause::Cancelled)) {
             return;
         }
         if deadline.saturating_duration_since(Instant::now()) <= pause {
