@@ -345,9 +345,9 @@ pub struct Cont {
     /// run at the other side: it must never run on both.
     #[arg(long)]
     pub take_back: bool,
-    /// With --take-back: do not wait until nothing was heard of the other side for `link-timeout`. For when you know for
-    /// certain that the other side will not run the guest.
-    #[arg(long, requires = "take_back")]
+    /// Go on even if a disk image is not as the guest left it. With --take-back, also do not wait until nothing was heard of
+    /// the other side for `link-timeout`: for when you know for certain that it will not run the guest.
+    #[arg(long)]
     pub force: bool,
 }
 

@@ -105,7 +105,8 @@ pub fn cont(args: &Cont) -> Result<Outcome> {
     let arguments = match (args.take_back, args.force) {
         (true, true) => json!({"x-take-back": true, "x-force": true}),
         (true, false) => json!({"x-take-back": true}),
-        (false, _) => json!({}),
+        (false, true) => json!({"x-force": true}),
+        (false, false) => json!({}),
     };
     client.execute("cont", arguments).context("could not start the guest")?;
     if args.take_back {

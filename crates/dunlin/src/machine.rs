@@ -91,6 +91,9 @@ pub trait Machine: Send + Sync {
 pub enum Claim {
     /// Both parts: the guest is here, running or paused, and nobody else has to do with it.
     Whole,
+    /// Both parts, and the guest goes on whatever has been done to them meanwhile (an image was written, say): a person has
+    /// decided so.
+    Anyway,
     /// The owner's part: the guest has just come, or is taken over, and its source still has the session's part.
     Arrived,
     /// The session's part: the guest is about to be released to the other side, which takes the owner's part.

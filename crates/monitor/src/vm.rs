@@ -485,6 +485,15 @@ impl Vm {
         Ok(self.guest.cont()?)
     }
 
+    /// The same, also if what belongs to the guest alone (a disk image) is not as the guest left it.
+    ///
+    /// # Errors
+    /// As for [`cont`](Self::cont).
+    pub fn cont_anyway(&self) -> Result<(), VmError> {
+        let _one_at_a_time = self.begin()?;
+        Ok(self.guest.cont_anyway()?)
+    }
+
     /// A person's decision: the guest, which may be on either side, is here.
     ///
     /// # Errors

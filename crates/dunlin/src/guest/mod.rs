@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::dirty_rate::{DirtyRate, DirtyRateError, DirtyRateRequest, DirtyRateService};
 use crate::error::{GuestError, GuestPlace, Side};
-use crate::machine::Machine;
+use crate::machine::{Claim, Machine};
 use crate::report::Status;
 use crate::throttle::{Throttle, VcpuThrottle};
 pub(crate) use calls::Calls;
@@ -148,7 +148,16 @@ impl Guest {
     /// # Errors
     /// When it is not this side's to run, or the machine fails to.
     pub fn cont(&self) -> Result<(), GuestError> {
-        self.operate(Resume::Run)
+        self.operate(Resume::Run, Claim::Whole)
+    }
+
+    /// Starts or restarts the guest as [`cont`](Self::cont) does, and also if what belongs to it alone is not as it left it: a
+    /// disk image was written by somebody else meanwhile, say. What the guest makes of that is for whoever decides to know.
+    ///
+    /// # Errors
+    /// As for [`cont`](Self::cont).
+    pub fn cont_anyway(&self) -> Result<(), GuestError> {
+        self.operate(Resume::Run, Claim::Anyway)
     }
 
     /// Pauses the guest. A migration under way goes on, and it arrives paused.
@@ -156,7 +165,7 @@ impl Guest {
     /// # Errors
     /// When it is not here, or the machine fails to pause.
     pub fn stop(&self) -> Result<(), GuestError> {
-        self.operate(Resume::StayPaused)
+        self.operate(Resume::StayPaused, Claim::Whole)
     }
 
     /// A person's decision: the guest, of which nobody knows whether the other side runs it, is here. It goes on as it was

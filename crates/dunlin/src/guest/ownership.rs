@@ -93,6 +93,8 @@ struct Coming {
     asked: BootInstant,
     /// Starts that came too late.
     expired: u32,
+    /// The source has let go of everything.
+    settled: bool,
     contact: Arc<Contact>,
     link_timeout: Duration,
     cpu: Arc<CpuTime>,
@@ -498,7 +500,8 @@ impl Guest {
         (state, stopped)
     }
 
-    pub(super) fn operate(&self, run: Resume) -> Result<(), GuestError> {
+    /// An operator's start, taking `claim`, or stop without one.
+    pub(super) fn operate(&self, run: Resume, claim: Claim) -> Result<(), GuestError> {
         let deadline = Instant::now() + OPERATOR_LIMIT;
         let step = if run == Resume::Run { MachineStep::Resume } else { MachineStep::Pause };
         let mut state = self.state();
@@ -516,8 +519,11 @@ impl Guest {
         if state.running {
             return Ok(());
         }
+        // The source may still have its part: it has not been heard of since the guest came.
+        let unsettled = state.coming_state().is_some() && state.coming.as_ref().is_some_and(|coming| !coming.settled);
+        let claim = if unsettled && claim == Claim::Whole { Claim::Arrived } else { claim };
         let permit = StartPermit::unlimited();
-        let plan = StartPlan { permit, claim: Some(Claim::Whole), run, limit: OPERATOR_LIMIT, cpu };
+        let plan = StartPlan { permit, claim: Some(claim), run, limit: OPERATOR_LIMIT, cpu };
         match self.start_vcpus(state, plan).1 {
             Start::Done => Ok(()),
             Start::Failed(error) | Start::Unclear(error) => Err(error),
@@ -591,6 +597,7 @@ impl Guest {
             question: 0,
             asked: BootInstant::now(),
             expired: 0,
+            settled: false,
             contact,
             link_timeout,
             cpu,
@@ -686,7 +693,12 @@ impl Guest {
     /// The source of migration `id` in has let go of everything: all of it is this side's.
     pub(crate) fn settle_claim(&self, id: u64) {
         let mut state = self.state();
-        let Ok(cpu) = state.coming(id).map(|coming| coming.cpu.clone()) else { return };
+        let Ok(cpu) = state.coming(id).map(|coming| {
+            coming.settled = true;
+            coming.cpu.clone()
+        }) else {
+            return;
+        };
         if state.turn.is_some() || state.coming_state() != Some(DestinationState::Running) {
             // Whoever holds the turn takes it, or gives it up, anyway.
             return;
@@ -713,7 +725,7 @@ impl Guest {
     /// When the event has no place there, a cancelled guest would be released, or the machine does not give up what the
     /// other side needs. Nothing has changed then.
     pub(crate) fn leave(&self, id: u64, event: SourceEvent, heard: Heard, limit: Duration) -> Result<Left<'_>, Cause> {
-        self.leave_if(id, event, heard, limit, |_| Ok(()))
+        self.leave_if(id, event, heard, limit, TakeBack::WhenSilent, |_| Ok(()))
     }
 
     fn leave_if(
@@ -722,6 +734,7 @@ impl Guest {
         event: SourceEvent,
         heard: Heard,
         limit: Duration,
+        rule: TakeBack,
         allowed: impl Fn(&Leaving) -> Result<(), GuestError>,
     ) -> Result<Left<'_>, Cause> {
         use SourceAction::{PauseGuest, ResumeGuest, SendRelease};
@@ -784,7 +797,11 @@ impl Guest {
             state = locked;
             stopped
         } else if actions.contains(&ResumeGuest) {
-            let claim = (before != SourceState::Paused).then_some(Claim::Whole);
+            let claim = match (before, rule) {
+                (SourceState::Paused, _) => None,
+                (_, TakeBack::Anyway) => Some(Claim::Anyway),
+                (_, TakeBack::WhenSilent) => Some(Claim::Whole),
+            };
             let plan =
                 StartPlan { permit: StartPermit::unlimited(), claim, run, limit: RESUME_LIMIT, cpu: cpu.clone() };
             // A guest that never stopped, because its pause failed, keeps what it runs under.
@@ -951,7 +968,8 @@ impl Guest {
         let done = match (leaving, coming) {
             (Some(id), _) => {
                 let allowed = |leaving: &Leaving| leaving.may_decide(rule);
-                self.leave_if(id, SourceEvent::TakeBack, Heard::default(), OPERATOR_LIMIT, allowed).map_err(told)?.acted
+                let (event, heard) = (SourceEvent::TakeBack, Heard::default());
+                self.leave_if(id, event, heard, OPERATOR_LIMIT, rule, allowed).map_err(told)?.acted
             }
             (_, Some(id)) => {
                 let allowed = |coming: &Coming| match coming.state {

@@ -47,7 +47,7 @@ pub(super) static COMMANDS: &[Command] = &[
     },
     Command {
         name: "cont",
-        help: "Starts or restarts the guest. `x-take-back` first decides that an undecided guest is here, once nothing was heard of the other side for link-timeout; `x-force`: at once.",
+        help: "Starts or restarts the guest. `x-take-back` first decides that an undecided guest is here, once nothing was heard of the other side for link-timeout. `x-force`: at once, and also on a disk image that is not as the guest left it.",
         takes: &CONT,
         gives: NOTHING,
         oob: Oob::Refused,
@@ -107,12 +107,12 @@ static HUMAN_ARGUMENTS: Object =
     Object::of("HumanMonitorCommand", &[required(super::HUMAN_LINE, Type::Str), optional("cpu-index", Type::Int)]);
 
 fn cont(call: Call<'_>) -> Result<Value, Refusal> {
+    let force = call.arguments().is_true("x-force");
     if call.arguments().is_true("x-take-back") {
-        let force = call.arguments().is_true("x-force");
         let rule = if force { TakeBack::Anyway } else { TakeBack::WhenSilent };
         call.vm.take_back(rule).map_err(Refusal::generic)?;
     }
-    done(call.vm.cont())
+    done(if force { call.vm.cont_anyway() } else { call.vm.cont() })
 }
 
 fn x_verify(call: Call<'_>) -> Result<Value, Refusal> {

@@ -65,7 +65,11 @@ pub(super) fn cont(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
         let rule = if given.has("-f") { TakeBack::Anyway } else { TakeBack::WhenSilent };
         vm.take_back(rule)?;
     }
-    vm.cont()?;
+    if given.has("-f") {
+        vm.cont_anyway()?;
+    } else {
+        vm.cont()?;
+    }
     Ok(String::new())
 }
 

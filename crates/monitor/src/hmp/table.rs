@@ -188,7 +188,7 @@ pub(super) static COMMANDS: &[Command] = &[
     Command {
         name: "cont",
         arguments: &[flag("-t"), flag("-f")],
-        help: "start or restart the guest; -t: it is undecided where it is, and it is here; -f: at once",
+        help: "start or restart the guest; -t: it is undecided where it is, and it is here; -f: at once, and on a changed disk image",
         does: Does::Run(migration::cont),
     },
     Command {

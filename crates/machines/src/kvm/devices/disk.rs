@@ -127,7 +127,12 @@ impl Disk {
 
     /// Takes or gives up its locks.
     pub(super) fn claim(&mut self, claim: Claim) -> io::Result<()> {
-        self.lock.claim(&self.config, claim)
+        if claim != Claim::Anyway {
+            return self.lock.claim(&self.config, claim);
+        }
+        self.lock.claim(&self.config, Claim::Whole)?;
+        self.left = None;
+        Ok(())
     }
 
     /// What is locked.
