@@ -312,6 +312,8 @@ fn a_pause_finishes_what_is_half_done() {
     one.ram().blocks()[0].read(0, &mut ram).unwrap();
     other.ram().blocks()[0].write(0, &ram).unwrap();
     other.load(one.save().unwrap()).unwrap();
+    // Its image goes with it.
+    one.claim(Claim::Nothing).unwrap();
     other.resume(&StartPermit::unlimited()).unwrap();
     std::thread::sleep(Duration::from_millis(5));
     other.pause().unwrap();

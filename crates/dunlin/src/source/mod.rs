@@ -21,7 +21,7 @@ mod workers;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -151,10 +151,21 @@ impl Shared {
 
     /// The next event, with the ones that end a migration turned into errors.
     fn next_event(&self, incoming: &Receiver<Event>, control: &Control) -> Result<Event, Cause> {
-        match incoming.recv() {
+        let stopped = lock(&self.switchover).is_some();
+        let event = match stopped {
+            false => incoming.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            true => incoming.recv_timeout(self.time_left()),
+        };
+        match event {
             Ok(event) => self.sorted(event, control),
-            Err(_) => Err(Cause::Thread { thread: "source reader", what: "ended".into() }),
+            Err(RecvTimeoutError::Timeout) => Err(self.too_slow("the last pages to arrive")),
+            Err(RecvTimeoutError::Disconnected) => Err(Cause::Thread { thread: "source reader", what: "ended".into() }),
         }
+    }
+
+    /// The switchover's time is over.
+    fn too_slow(&self, waiting_for: &'static str) -> Cause {
+        Cause::SwitchoverTimeout { waiting_for, after: self.switchover_timeout() }
     }
 
     /// Turns an event that ends a migration into an error.
@@ -204,6 +215,11 @@ impl Shared {
     /// The time of the switchover runs from now.
     fn begin_switchover(&self) {
         *lock(&self.switchover) = Some(Instant::now());
+    }
+
+    /// Somebody else says when the switchover goes on: no time of it runs.
+    fn suspend_switchover(&self) {
+        *lock(&self.switchover) = None;
     }
 
     fn switchover_timeout(&self) -> Duration {

@@ -25,7 +25,7 @@ use crate::wire::{
 };
 
 /// Bytes of device state in one message.
-const PIECE_BYTES: usize = 1 << 20;
+const PIECE_BYTES: usize = 64 << 10;
 /// How long a source that has taken its guest back tries to tell a destination that may be waiting.
 const TELL: Duration = Duration::from_secs(2);
 /// How long an operator's start or stop of the guest is waited for.
@@ -211,6 +211,9 @@ impl Migration<'_> {
         lock(&shared.report).set_throttle(Vec::new());
         shared.note_part(|parts| &mut parts.pause_seconds, clock.lap());
         shared.set_phase(Phase::Switchover, first);
+        if waits {
+            shared.suspend_switchover();
+        }
         let continued = if waits { self.await_continue() } else { Ok(()) };
         // Whether every connection is still there is found out now, and not by what the guest waits for.
         let confirmed = |()| if waits { self.control.confirm(Duration::ZERO, &shared.stop) } else { Ok(()) };
@@ -263,7 +266,7 @@ impl Migration<'_> {
                 Err(RecvTimeoutError::Timeout) => {
                     let waiting_for =
                         if released { "the destination to start the guest" } else { "the destination to load" };
-                    return Err(Cause::SwitchoverTimeout { waiting_for, after: self.shared.switchover_timeout() });
+                    return Err(self.shared.too_slow(waiting_for));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(Cause::Thread { thread: "source reader", what: "ended".into() });
@@ -347,6 +350,9 @@ impl Migration<'_> {
                 piece: piece.to_vec(),
             });
             self.common.pacer.pay(piece.len() as u64, &self.shared.stop);
+            if self.shared.time_left().is_zero() {
+                return Err(self.shared.too_slow("the device state to be sent"));
+            }
             self.control.send(&message)?;
             next = pieces.next();
         }
