@@ -72,6 +72,26 @@ impl Running {
         before.iter().zip(after).map(|(before, after)| (after - before) as f64 / took).collect()
     }
 
+    /// How much of its time each vCPU runs when the second is throttled, and how much it runs or would if a processor were
+    /// free. The two differ by what a busy host takes from it, which is not the throttle's.
+    fn awake(&self, percent: u8) -> Vec<[f64; 2]> {
+        self.guest.set_vcpu_throttle(Some(1), percent).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        let threads = vcpu_threads();
+        let (began, before) = (Instant::now(), threads.each_ref().map(|thread| wants_to_run(thread)));
+        let steps = (self.steps)();
+        std::thread::sleep(Duration::from_millis(if percent > 90 { 2000 } else { 700 }));
+        let (took, after) = (began.elapsed().as_secs_f64(), threads.each_ref().map(|thread| wants_to_run(thread)));
+        let went_on = (self.steps)().iter().zip(&steps).all(|(after, before)| after > before);
+        self.guest.cancel_vcpu_throttle(None).unwrap();
+        assert!(went_on, "{}: a vCPU did nothing", self.what);
+        let parts = |before: [u64; 2], after: [u64; 2]| {
+            let [ran, waited] = [0, 1].map(|which| (after[which] - before[which]) as f64 / 1e9 / took);
+            [ran, ran + waited]
+        };
+        before.into_iter().zip(after).map(|(before, after)| parts(before, after)).collect()
+    }
+
     /// The speed of each vCPU when the second is throttled, as a part of its speed when it is not: the median of turns.
     fn slowed(&self, percent: u8) -> Vec<f64> {
         let mut ratios = vec![Vec::new(); 2];
@@ -89,6 +109,25 @@ impl Running {
     }
 }
 
+/// Where the kernel tells of the threads of the vCPUs 0 and 1 of the only machine that runs.
+fn vcpu_threads() -> [std::path::PathBuf; 2] {
+    let all: Vec<_> = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path()).collect();
+    let named = |end: &str| {
+        let found = all
+            .iter()
+            .filter(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim_end().ends_with(end)));
+        found.max().unwrap().clone()
+    };
+    [named("vcpu 0"), named("vcpu 1")]
+}
+
+/// Nanoseconds that a thread has run, and that it has waited for a processor.
+fn wants_to_run(thread: &std::path::Path) -> [u64; 2] {
+    let figures = std::fs::read_to_string(thread.join("schedstat")).unwrap();
+    let figures: Vec<u64> = figures.split_whitespace().take(2).map(|figure| figure.parse().unwrap()).collect();
+    figures.try_into().unwrap()
+}
+
 fn median(mut all: Vec<f64>) -> f64 {
     all.sort_by(f64::total_cmp);
     all[all.len() / 2]
@@ -102,10 +141,26 @@ fn a_throttled_vcpu_does_its_part() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     // Made one after the other: a guest that waits for its turn would run as well.
     let paced: [Make; 2] = [|| Some(synthetic("40M/s")), || on_kvm("dirty:working-set=1M,rate=16M/s")];
-    // Those who would use a whole processor each do not get it on a busy host, and one that sleeps then gets more of it.
+    // Those who would use a whole processor each do not get it on a busy host, and one that sleeps then gets more of it: how
+    // much they do says little, how long they want to run says all.
     let free: [Make; 3] = [|| Some(synthetic("max")), || on_kvm("dirty:working-set=1M"), || on_kvm("counter")];
+    for make in free {
+        let Some(running) = make() else { continue };
+        for percent in [20, 50, 80, 99] {
+            let [[_, other], [ran, wanted]] = running.awake(percent)[..] else { panic!("two vCPUs") };
+            let expected = 1.0 - f64::from(percent) / 100.0;
+            println!("{}, {percent} %: runs {ran:.4} of its time, wants {wanted:.4}; other {other:.3}", running.what);
+            // A slice may end late, by what it takes to interrupt a vCPU.
+            assert!(ran < expected * 1.1 + 0.02, "{}, {percent} %: {ran} of its time", running.what);
+            assert!(wanted > expected * 0.9 - 0.005, "{}, {percent} %: {wanted} of its time", running.what);
+            assert!(other > 0.9, "{}, {percent} %: the other for {other} of its time", running.what);
+        }
+        running.guest.stop().unwrap();
+        let wrong = (running.verify)();
+        assert!(wrong.is_empty(), "{}: {wrong}", running.what);
+    }
     let paced = paced.into_iter().map(|make| (make, 0.85..1.15));
-    for (make, slack) in paced.chain(free.into_iter().map(|make| (make, 0.5..1.35))) {
+    for (make, slack) in paced {
         let Some(running) = make() else { continue };
         for percent in [20, 50, 80, 99] {
             let [other, slowed] = running.slowed(percent)[..] else { panic!("two vCPUs") };
