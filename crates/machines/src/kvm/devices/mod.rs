@@ -93,6 +93,13 @@ pub(super) struct Devices {
     writes: OwnWrites,
 }
 
+impl Drop for Devices {
+    fn drop(&mut self) {
+        // All at once: each is waited for afterwards, and those that hang share one limit.
+        self.workers.iter().for_each(Worker::end);
+    }
+}
+
 fn failed(device: impl Into<String>, doing: &'static str) -> impl FnOnce(io::Error) -> KvmError {
     let device = device.into();
     move |source| KvmError::Device { device, doing, source }

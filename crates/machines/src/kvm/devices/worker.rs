@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use dunlin::StartPermit;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-/// How long the end of a machine waits for a thread that hangs. The thread is left behind then; it holds what it uses.
+/// How long the end of a machine waits for threads that hang, all of them together. They are left behind then; they hold what
+/// they use.
 const END_LIMIT: Duration = Duration::from_millis(200);
 
 /// Something to be done besides requests.
@@ -28,7 +29,8 @@ struct State {
     /// What it works under.
     permit: Option<StartPermit>,
     open: bool,
-    ended: bool,
+    /// It is to end, and is waited for until then.
+    ends_by: Option<Instant>,
     /// The thread has ended.
     gone: bool,
     tasks: VecDeque<Task>,
@@ -103,8 +105,9 @@ impl Bell {
         self.open.store(false, Ordering::Release);
     }
 
+    /// Has the worker end, without waiting for it.
     fn end(&self) {
-        self.state().ended = true;
+        self.state().ends_by.get_or_insert_with(|| Instant::now() + END_LIMIT);
         self.open.store(false, Ordering::Release);
         self.ring();
     }
@@ -201,7 +204,7 @@ impl Worker {
                 sleep(&mut fds, None);
                 rung.silence();
                 let mut state = rung.state();
-                if state.ended {
+                if state.ends_by.is_some() {
                     return;
                 }
                 if let Some(task) = state.tasks.pop_front() {
@@ -263,16 +266,56 @@ impl Worker {
     pub(super) fn hold(&self) {
         self.bell.hold();
     }
+
+    /// Has it end after what is in hand, without waiting for that.
+    pub(super) fn end(&self) {
+        self.bell.end();
+    }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
         self.bell.end();
         let state = self.bell.state();
-        let waited = self.bell.changed.wait_timeout_while(state, END_LIMIT, |state| !state.gone);
+        let left = state.ends_by.map_or(END_LIMIT, |end| end.saturating_duration_since(Instant::now()));
+        let waited = self.bell.changed.wait_timeout_while(state, left, |state| !state.gone);
         let gone = waited.unwrap_or_else(PoisonError::into_inner).0.gone;
         if let Some(thread) = self.thread.take().filter(|_| gone) {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn those_that_hang_share_one_limit_at_the_end() {
+        const COUNT: usize = 8;
+        let (mut hung, mut workers) = (Vec::new(), Vec::new());
+        let (begun, begins) = mpsc::channel();
+        for _ in 0..COUNT {
+            let bell = Arc::new(Bell::new().unwrap());
+            let worker = Worker::start("test".to_owned(), bell, |_| Wait::Bell).unwrap();
+            let (release, released) = mpsc::channel::<()>();
+            let begun = begun.clone();
+            worker.order(move || {
+                begun.send(()).unwrap();
+                let _ = released.recv();
+            });
+            hung.push(release);
+            workers.push(worker);
+        }
+        for _ in 0..COUNT {
+            begins.recv().unwrap();
+        }
+        workers.iter().for_each(Worker::end);
+        let began = Instant::now();
+        drop(workers);
+        let took = began.elapsed();
+        assert!(took < END_LIMIT * 4, "{COUNT} threads that hang took {took:?}");
     }
 }
