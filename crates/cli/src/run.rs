@@ -30,14 +30,14 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     if args.kernel.is_some() && args.machine != MachineKind::Kvm {
         bail!("--kernel is for --machine kvm");
     }
-    let (vm, guest_end) = match args.machine {
+    let (vm, on_kvm) = match args.machine {
         MachineKind::Synthetic if !args.devices.is_empty() => {
             bail!("--serial, --disk, --net and --rng are for --machine kvm")
         }
         MachineKind::Synthetic => (make(args)?, None),
-        MachineKind::Kvm => make_kvm(args).map(|(vm, end)| (vm, Some(end)))?,
+        MachineKind::Kvm => make_kvm(args).map(|(vm, on_kvm)| (vm, Some(on_kvm)))?,
     };
-    let guest_end = || guest_end.as_ref().and_then(|end| end());
+    let guest_end = || on_kvm.as_ref().and_then(|machine| (machine.end)());
     let mut state = match &args.incoming {
         None => {
             vm.cont().context("could not start the guest")?;
@@ -92,13 +92,27 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     if interrupts.arrived() {
         terminal::note("asked to end");
     }
-    if let Some(report) = vm.shut_down(CANCEL_TIMEOUT) {
+    let hanging = |limit| on_kvm.as_ref().map(|machine| (machine.hanging)(limit)).unwrap_or_default();
+    let mut hang = hanging(REQUEST_LIMIT);
+    // A pause would wait for what hangs.
+    let shut_down = if hang.is_empty() { Vm::shut_down } else { Vm::shut_down_running };
+    if let Some(report) = shut_down(&vm, CANCEL_TIMEOUT) {
         terminal::note(&format!(
             "a migration was running; it is {}, and the guest was {}",
             report.status, report.guest
         ));
     }
     drop((servers, metrics));
+    if hang.is_empty() {
+        hang = hanging(LAST_ANSWER);
+    }
+    if !hang.is_empty() {
+        terminal::note(&format!(
+            "ended without waiting for {}: its storage hangs; what the guest wrote last may be lost, and the kernel may keep \
+             this process until the storage answers",
+            hang.join(", ")
+        ));
+    }
     if let Some(end) = guest_ended {
         return Ok(Outcome::GuestEnded(end.status));
     }
@@ -129,8 +143,18 @@ struct GuestEnd {
     status: u8,
 }
 
-/// Tells whether the guest has ended by itself.
-type LookForEnd = Box<dyn Fn() -> Option<GuestEnd>>;
+/// What only a machine on KVM can tell.
+struct OnKvm {
+    /// Tells whether the guest has ended by itself.
+    end: Box<dyn Fn() -> Option<GuestEnd>>,
+    /// Names the devices that do not answer in time, because their storage hangs. The devices do nothing afterwards.
+    hanging: Box<dyn Fn(Duration) -> Vec<String>>,
+}
+
+/// How long a device's request may take at the end, before its storage is said to hang.
+const REQUEST_LIMIT: Duration = Duration::from_secs(1);
+/// How long a device may take to answer when it has been paused, or should be.
+const LAST_ANSWER: Duration = Duration::from_millis(50);
 
 fn size(args: &Run) -> String {
     let plural = if args.vcpus == 1 { "" } else { "s" };
@@ -171,7 +195,7 @@ fn make(args: &Run) -> Result<Arc<Vm>> {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn make_kvm(args: &Run) -> Result<(Arc<Vm>, LookForEnd)> {
+fn make_kvm(args: &Run) -> Result<(Arc<Vm>, OnKvm)> {
     use dunlin_machines::{Ended, Kernel, KvmConfig, KvmGuest, KvmMachine};
     let failed = || format!("could not make a machine of {} on KVM", size(args));
     let config = KvmConfig {
@@ -202,7 +226,7 @@ fn make_kvm(args: &Run) -> Result<(Arc<Vm>, LookForEnd)> {
         KvmMachine::new(&config, args.cpu, &guest)
     };
     let machine = machine.with_context(failed)?;
-    let ending = machine.clone();
+    let (ending, hanging) = (machine.clone(), machine.clone());
     let end = move || {
         let ended = ending.ended()?;
         let status = match ended {
@@ -216,7 +240,8 @@ fn make_kvm(args: &Run) -> Result<(Arc<Vm>, LookForEnd)> {
         let report = machine.verify()?;
         finding(report.is_good(), &report)
     });
-    Ok((vm, Box::new(end)))
+    let hanging = move |limit| hanging.hanging_devices(limit);
+    Ok((vm, OnKvm { end: Box::new(end), hanging: Box::new(hanging) }))
 }
 
 /// A machine under a monitor, with its guest here or on its way in.
@@ -235,7 +260,7 @@ fn finding(good: bool, report: &(impl ToString + Serialize)) -> Result<Verificat
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn make_kvm(_: &Run) -> Result<(Arc<Vm>, LookForEnd)> {
+fn make_kvm(_: &Run) -> Result<(Arc<Vm>, OnKvm)> {
     bail!("--machine kvm is for x86-64 only; use --machine synthetic")
 }
 

@@ -537,12 +537,20 @@ impl Vm {
     /// Ends a migration out and waits for that, but not longer than `timeout`, then pauses the guest if it is here.
     /// Gives the report of what was ended.
     pub fn shut_down(&self, timeout: Duration) -> Option<Report> {
+        let ended = self.shut_down_running(timeout);
+        // A guest that is not here has nothing to pause.
+        let _ = self.guest.stop();
+        ended
+    }
+
+    /// Does what [`shut_down`](Self::shut_down) does, but does not pause the guest: for a machine whose storage hangs.
+    pub fn shut_down_running(&self, timeout: Duration) -> Option<Report> {
         // Nothing is begun after this, and what was being begun is.
         self.ending.store(true, Ordering::Release);
         drop(lock(&self.commands));
         let deadline = Instant::now() + timeout;
         let running = |report: &Report| !report.status.is_final() && report.status != Status::None;
-        let ended = match self.latest() {
+        match self.latest() {
             Latest::Outgoing(source) if running(&source.report()) => {
                 self.cancel_outgoing();
                 while running(&source.report()) && Instant::now() < deadline {
@@ -551,10 +559,7 @@ impl Vm {
                 Some(source.report())
             }
             _ => None,
-        };
-        // A guest that is not here has nothing to pause.
-        let _ = self.guest.stop();
-        ended
+        }
     }
 }
 
