@@ -108,7 +108,10 @@ fn line(report: &Report, rate: f64) -> String {
     match report.status {
         Status::None | Status::Setup => "connecting".to_owned(),
         Status::Active => active_line(report, rate),
-        Status::PreSwitchover => "the guest is paused; waiting for migrate-continue".to_owned(),
+        Status::PreSwitchover => match report.stopped_seconds {
+            Some(stopped) => format!("the guest is paused for {}; waiting for migrate-continue", seconds(stopped)),
+            None => "the guest is paused; waiting for migrate-continue".to_owned(),
+        },
         Status::Device => format!("switching over: {} left", rough_size(report.ram.remaining_bytes)),
         Status::Cancelling => "cancelling".to_owned(),
         Status::Completed | Status::Failed | Status::Cancelled => report.status.to_string(),

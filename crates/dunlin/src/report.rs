@@ -4,6 +4,7 @@
 //! disappears when a migration fails or is cancelled.
 
 use std::fmt;
+use std::time::Instant;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -15,6 +16,19 @@ mod summary;
 
 /// Rounds that a report lists at most: a migration that does not converge goes on for as long as it is let.
 pub const MAX_ROUNDS: usize = 1000;
+
+/// What is waited for while the guest stands still: that a person has the migration go on,
+pub(crate) const CONTINUED: &str = "a person to have the migration go on (migrate-continue)";
+/// that everything is there,
+pub(crate) const REST_ARRIVES: &str = "the last RAM and the device state to arrive";
+/// that the destination has loaded it,
+pub(crate) const LOADED: &str = "the destination to load the device state";
+/// that the source gives the guest away,
+pub(crate) const RELEASED: &str = "the source to release the guest";
+/// that the destination starts it,
+pub(crate) const STARTED: &str = "the destination to start the guest";
+/// that a person says where it is.
+pub(crate) const DECIDED: &str = "a person to decide where the guest is";
 
 /// Where a migration stands, in QEMU's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
@@ -90,6 +104,13 @@ pub struct Report {
     pub downtime_limit_seconds: f64,
     /// What the downtime would be if the guest were stopped now; at the end, what was predicted when it was.
     pub predicted_downtime_seconds: Option<f64>,
+    /// How long the guest has stood still, as long as it does so for this migration and that is known here. The destination's
+    /// is short of a message's way.
+    #[serde(default)]
+    pub stopped_seconds: Option<f64>,
+    /// What is waited for while it does: of a person, of this side or of the other.
+    #[serde(default)]
+    pub waiting_for: Option<String>,
     /// What the downtime was made of, once the guest was stopped: the parts that are over.
     pub downtime_parts: Option<DowntimeParts>,
     /// The passes over the dirty bitmap, in order, the latest [`MAX_ROUNDS`] of them; the last one with the guest
@@ -144,6 +165,8 @@ impl Report {
             downtime_seconds: 0.0,
             downtime_limit_seconds: 0.0,
             predicted_downtime_seconds: None,
+            stopped_seconds: None,
+            waiting_for: None,
             downtime_parts: None,
             rounds: Vec::new(),
             ram: RamReport::default(),
@@ -179,6 +202,12 @@ impl Report {
         let ram = &self.ram;
         let not_stopped = if self.status.is_final() { ram.transferred_bytes } else { before };
         self.precopy_bytes = self.before_stop_bytes.unwrap_or(not_stopped).min(ram.transferred_bytes);
+    }
+
+    /// The guest stands still since `stopped`, and what is waited for.
+    pub(crate) fn stands_still(&mut self, stopped: Instant, waiting_for: Option<&str>) {
+        self.stopped_seconds = Some(stopped.elapsed().as_secs_f64());
+        self.waiting_for = waiting_for.map(str::to_owned);
     }
 
     /// Puts into words what is happening.

@@ -600,12 +600,31 @@ fn of_a_switchover_that_is_given_up() {
     until("pre-switchover", || source.report().status == Status::PreSwitchover);
     let waiting = source.report();
     assert!(waiting.summary.starts_with("waiting to be continued"), "{}", waiting.summary);
+    until("the destination knows that it waits", || pair.destination.report().status == Status::PreSwitchover);
     std::thread::sleep(Duration::from_millis(300));
+    // By the machine's clock, which is asked a little later than it was stopped.
+    let (paused, _) = pair.from.seen(|seen| seen.paused.unwrap());
+    let by_machine = paused.elapsed().as_secs_f64();
+    let there = pair.destination.report();
+    let here = source.report();
+    let (stopped_there, stopped_here) = (there.stopped_seconds.unwrap(), here.stopped_seconds.unwrap());
+    assert!((by_machine..began.elapsed().as_secs_f64()).contains(&stopped_here), "{stopped_here} of {by_machine} s");
+    // That does not know how long the message took.
+    assert!((0.3..stopped_here).contains(&stopped_there), "{stopped_there} of {stopped_here} s");
+    for (report, guest) in [(here, GuestPlace::PausedAtSource), (there, GuestPlace::AtSource)] {
+        assert_eq!(report.guest, guest);
+        assert!(report.waiting_for.as_ref().unwrap().contains("migrate-continue"), "{report:?}");
+        let said = report.summary.contains("waiting to be continued") && report.summary.contains("stood still for");
+        assert!(said, "{}", report.summary);
+    }
+    // What is dirty now has to come, and nothing becomes dirty any more.
+    let to_go = [source.report(), pair.destination.report()].map(|report| report.ram.remaining_bytes);
+    assert_eq!(to_go[0], to_go[1]);
     source.cancel().unwrap();
     let here = source.wait();
     check(&here, pair.memory_bytes, began);
     assert_eq!((here.status, here.guest), (Status::Cancelled, GuestPlace::RunningAtSource));
-    let (paused, _) = pair.from.seen(|seen| seen.paused.unwrap());
+    assert_eq!((here.stopped_seconds, &here.waiting_for), (None, &None));
     let resumed = pair.from.seen(|seen| seen.resumed.unwrap());
     let still = resumed.duration_since(paused).as_secs_f64();
     assert!((here.downtime_seconds - still).abs() < 0.02, "{} of {still} s", here.downtime_seconds);
@@ -619,6 +638,7 @@ fn of_a_switchover_that_is_given_up() {
     let there = pair.destination.report();
     check(&there, pair.memory_bytes, began);
     assert_eq!((&here.rounds, here.ram.pages), (&there.rounds, there.ram.pages));
+    assert_eq!((there.stopped_seconds, &there.waiting_for), (None, &None));
     // Time in which nothing was to come is not waited through.
     let rounds: f64 = here.rounds.iter().map(|round| round.seconds).sum();
     for channel in here.channels.iter().chain(&there.channels) {

@@ -24,6 +24,8 @@ pub(crate) static MIGRATION_INFO: Object = Object::of(
         optional("total-time", Type::Int),
         optional("expected-downtime", Type::Int),
         optional("downtime", Type::Int),
+        optional("stopped-time", Type::Int),
+        optional("waiting-for", Type::Str),
         optional("setup-time", Type::Int),
         optional("cpu-throttle-percentage", Type::Int),
         optional("error-desc", Type::Str),
@@ -100,6 +102,13 @@ fn members(report: &Report) -> Map<String, Value> {
         && (report.status == Status::Completed || downtime > 0.0)
     {
         put("downtime", milliseconds(downtime));
+    }
+    // Dunlin's own: how long the guest has stood still, and what for.
+    if let Some(stopped) = report.stopped_seconds {
+        put("stopped-time", milliseconds(stopped));
+    }
+    if let Some(waiting_for) = &report.waiting_for {
+        put("waiting-for", waiting_for.clone().into());
     }
     // QEMU throttles all vCPUs alike.
     if let Some(percent) = report.vcpu_throttle_percent.iter().max().filter(|percent| **percent > 0) {
@@ -304,6 +313,16 @@ mod tests {
         (report.setup_seconds, report.total_seconds) = (1.0, 6.0);
         let info = migration_info(Some(&report), None, &Parameters::default());
         assert_eq!(info["ram"]["mbps"], 8.0);
+    }
+
+    #[test]
+    fn a_guest_that_stands_still() {
+        let mut report = report();
+        report.status = Status::PreSwitchover;
+        (report.stopped_seconds, report.waiting_for) = (Some(61.2345), Some("a person".to_owned()));
+        let info = migration_info(Some(&report), None, &Parameters::default());
+        assert_eq!((&info["stopped-time"], &info["waiting-for"]), (&json!(61_235), &json!("a person")));
+        Type::Object(&MIGRATION_INFO).check_result(&info).unwrap();
     }
 
     /// A source measures its downtime; a destination has it from the source, and says nothing until then.

@@ -19,6 +19,10 @@ pub fn report(report: &Report) -> String {
     };
     line("total", format!("{}, of it {} of setup", seconds(report.total_seconds), seconds(report.setup_seconds)));
     line("downtime", downtime(report));
+    if let Some(stopped) = report.stopped_seconds {
+        let waiting = report.waiting_for.as_ref().map_or_else(String::new, |what| format!(", waiting for {what}"));
+        line("stopped", format!("for {}{waiting}", seconds(stopped)));
+    }
     if let Some(parts) = report.downtime_parts {
         let waited = match parts.wait_seconds {
             some if some >= 1e-3 => format!(" + waiting to be continued {}", seconds(some)),

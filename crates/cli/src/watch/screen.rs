@@ -174,11 +174,14 @@ fn progress(label: &str, left: u64, total: u64, theme: Theme, width: u16) -> Lin
 fn downtimes(report: &Report, theme: Theme, width: u16) -> Line<'static> {
     let limit = sane(report.downtime_limit_seconds);
     let predicted = report.predicted_downtime_seconds;
-    let actual = Some(sane(report.downtime_seconds)).filter(|actual| *actual > 0.0);
+    let ended = Some(sane(report.downtime_seconds)).filter(|actual| *actual > 0.0);
+    let so_far = report.stopped_seconds.map(sane);
+    let actual = ended.or(so_far);
+    let name = if ended.is_none() && so_far.is_some() { "so far" } else { "actual" };
     let or_none = |value: Option<f64>| value.map_or(format!("{:>10}", "-"), time);
     let actual_text = match (width, actual) {
         (..WIDE, None) => String::new(),
-        _ => format!("   actual {}", or_none(actual)),
+        _ => format!("   {name} {}", or_none(actual)),
     };
     let predicted_text = match (width, actual) {
         (..WIDE, Some(_)) => String::new(),

@@ -27,7 +27,7 @@ use crate::handover::DestinationState;
 use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
 use crate::memory::PAGE_SIZE;
 use crate::parameters::{ParameterError, Parameters};
-use crate::report::{DowntimeParts, Report, Status};
+use crate::report::{CONTINUED, DECIDED, DowntimeParts, LOADED, RELEASED, REST_ARRIVES, Report, STARTED, Status};
 use crate::to_go::ToGo;
 use crate::wire::{Message, SessionId};
 
@@ -67,6 +67,8 @@ struct Shared {
     session: Mutex<Option<Current>>,
     /// What the downtime was made of when everything was here, and when that was.
     ready: Mutex<Option<(DowntimeParts, Instant)>>,
+    /// Since when the guest stands still for the switchover, as the source has told.
+    stopped: Mutex<Option<Instant>>,
     /// When the present or latest session began.
     began: Mutex<Option<Instant>>,
     phase: Mutex<Phase>,
@@ -153,7 +155,24 @@ impl Shared {
         lock(&self.to_go).with_done(arrived.saturating_mul(PAGE_SIZE))
     }
 
+    /// What is waited for while the guest stands still, as far as it is known here that it does.
+    fn waiting_for(&self, status: Status, state: Option<DestinationState>) -> Option<&'static str> {
+        if self.guest.waits_for_decision() {
+            return Some(DECIDED);
+        }
+        match (status, state) {
+            (Status::PreSwitchover, _) => Some(CONTINUED),
+            (Status::Device, Some(DestinationState::Ready)) => Some(RELEASED),
+            (Status::Device, Some(DestinationState::Starting)) => Some(STARTED),
+            (Status::Device, _) if *lock(&self.phase) == Phase::Handover => Some(LOADED),
+            (Status::Device, _) => Some(REST_ARRIVES),
+            _ => None,
+        }
+    }
+
     fn snapshot(&self) -> Report {
+        let coming = lock(&self.session).as_ref().map(|current| current.coming);
+        let state = coming.and_then(|id| self.guest.coming_at(id));
         // With the lock held to the end, so that figures of one session never stand beside another's, and none goes back.
         let shown = lock(&self.report);
         let mut report = shown.clone();
@@ -166,6 +185,11 @@ impl Shared {
             report.vcpu_throttle_percent.clear();
         }
         report.guest = self.guest.place(Side::Destination);
+        if let Some(stopped) = *lock(&self.stopped)
+            && let Some(waiting_for) = self.waiting_for(report.status, state)
+        {
+            report.stands_still(stopped, Some(waiting_for));
+        }
         report.ram.transferred_bytes = lock(&self.control).bytes.load(Ordering::Relaxed);
         for (index, counters) in lock(&self.channels).iter() {
             let channel = counters.report(*index);
@@ -237,6 +261,7 @@ impl Destination {
             local_uri: listener.local_uri(),
             session: Mutex::default(),
             ready: Mutex::default(),
+            stopped: Mutex::default(),
             began: Mutex::default(),
             phase: Mutex::new(Phase::Setup),
             report: Mutex::new(report),

@@ -28,7 +28,7 @@ use crate::report::{DeltaCounts, DowntimeParts, PageCounts, Round, Status};
 use crate::to_go::{self, ToGo};
 use crate::wire::{
     Abort, AbortReason, Done, HelloReply, MarkAck, Message, Offer, Ready, Release, Role, RoundDone, Running, Section,
-    SessionId, Start, UNCHECKED_PAGES,
+    SessionId, Start, Stopped, UNCHECKED_PAGES,
 };
 
 /// How long after a lost data channel the source's reason may take on the control connection.
@@ -168,6 +168,7 @@ impl<'a> Session<'a> {
         let mut report = lock(&self.shared.report);
         *lock(&self.shared.began) = Some(Instant::now());
         *lock(&self.shared.ready) = None;
+        *lock(&self.shared.stopped) = None;
         *lock(&self.shared.phase) = Phase::Setup;
         *lock(&self.shared.control) = Arc::default();
         lock(&self.shared.channels).clear();
@@ -314,6 +315,10 @@ impl<'a> Session<'a> {
                 self.on_round(*round);
                 Ok(())
             }
+            Message::Stopped(stopped) if loading => {
+                self.on_stopped(stopped);
+                Ok(())
+            }
             Message::Section(section) if loading => self.on_section(section),
             Message::Offer(offer) if self.offer.is_none() => {
                 *lock(&self.shared.phase) = Phase::Handover;
@@ -450,6 +455,15 @@ impl<'a> Session<'a> {
             let bytes = counters.map(|counters| counters.bytes.load(std::sync::atomic::Ordering::Relaxed));
             report.stopped_after(bytes.fold(0, u64::saturating_add));
         }
+    }
+
+    /// The guest stands still.
+    fn on_stopped(&self, told: Stopped) {
+        let now = Instant::now();
+        *lock(&self.shared.stopped) = Some(now.checked_sub(told.stopped).unwrap_or(now));
+        *lock(&self.shared.to_go) = ToGo::round(told.dirty_bytes);
+        let status = if told.waits { Status::PreSwitchover } else { Status::Device };
+        self.shared.set_status(Phase::Switchover, status);
     }
 
     fn on_section(&mut self, piece: Section) -> Result<(), Cause> {

@@ -12,8 +12,11 @@ pub(super) fn sentence(report: &Report) -> String {
         (Status::Setup, Side::Source) => format!("connecting to the destination and agreeing; the guest is {guest}"),
         (Status::Setup, Side::Destination) => "waiting for a migration to come in".to_owned(),
         (Status::Active, _) => active(report),
-        (Status::PreSwitchover, _) => format!("waiting to be continued, with the guest {guest}"),
-        (Status::Device, _) => format!("switching over; the guest is {guest}"),
+        (Status::PreSwitchover, _) => format!("waiting to be continued; the guest is {guest}{}", stands_still(report)),
+        (Status::Device, _) => {
+            let waiting = report.waiting_for.as_ref().map_or_else(String::new, |what| format!(", waiting for {what}"));
+            format!("switching over{waiting}; the guest is {guest}{}", stands_still(report))
+        }
         (Status::Completed, _) if report.downtime_seconds > 0.0 => format!(
             "completed in {}, of which the guest stood still for {}; it is {guest}",
             format_seconds(report.total_seconds),
@@ -26,12 +29,19 @@ pub(super) fn sentence(report: &Report) -> String {
             let began = report.total_seconds > 0.0;
             let after = if began { format!(" after {}", format_seconds(report.total_seconds)) } else { String::new() };
             match &report.error {
-                Some(error) => format!("{}{after}: {}", report.status, error.message),
-                None => format!("{}{after}; the guest is {guest}", report.status),
+                Some(error) => format!("{}{after}: {}{}", report.status, error.message, stands_still(report)),
+                None => format!("{}{after}; the guest is {guest}{}", report.status, stands_still(report)),
             }
         }
-        (Status::Cancelling, _) => format!("being cancelled; the guest is {guest}"),
+        (Status::Cancelling, _) => format!("being cancelled; the guest is {guest}{}", stands_still(report)),
     }
+}
+
+/// Since when, behind where the guest is.
+fn stands_still(report: &Report) -> String {
+    report
+        .stopped_seconds
+        .map_or_else(String::new, |seconds| format!(" and has stood still for {}", format_seconds(seconds)))
 }
 
 fn active(report: &Report) -> String {

@@ -28,12 +28,12 @@ use std::time::{Duration, Instant};
 
 use crate::channel::{Connection, Uri};
 use crate::clock::Contact;
-use crate::error::{Cause, GuestError, MigrationError, Phase, Side};
+use crate::error::{Cause, GuestError, GuestPlace, MigrationError, Phase, Side};
 use crate::guest::{Ground, Guest, GuestEvent};
 use crate::handover::SourceState;
 use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
 use crate::parameters::{ParameterError, Parameters};
-use crate::report::{DeltaCounts, DowntimeParts, Report, Status};
+use crate::report::{CONTINUED, DECIDED, DeltaCounts, DowntimeParts, LOADED, REST_ARRIVES, Report, STARTED, Status};
 use crate::wire::{Message, Offer, SessionId};
 pub(crate) use auto_converge::ThrottlePolicy;
 use pacing::Pacer;
@@ -291,6 +291,11 @@ impl Shared {
         report.vcpu_throttle_percent =
             if report.status.is_final() { Vec::new() } else { self.guest.throttled_for_migration() };
         report.guest = self.guest.place(Side::Source);
+        let times = self.guest.leaving_times(self.id);
+        let runs = matches!(report.guest, GuestPlace::RunningAtSource | GuestPlace::RunningAtDestination);
+        if let (Some(stopped), None, false) = (times.stopped, times.ended, runs) {
+            report.stands_still(stopped, self.waiting_for(report.status));
+        }
         if let Some(error) = &mut report.error {
             // A person may have decided since.
             error.moved_to(report.guest);
@@ -308,6 +313,18 @@ impl Shared {
         report.cpu_seconds.source = Some(self.cpu.total().as_secs_f64());
         report.summarize();
         report
+    }
+
+    /// What is waited for while the guest stands still.
+    fn waiting_for(&self, status: Status) -> Option<&'static str> {
+        Some(match (status, self.guest.leaving_at(self.id)) {
+            (Status::PreSwitchover, _) => CONTINUED,
+            (Status::Device, Some(SourceState::Offered)) => LOADED,
+            (Status::Device, Some(SourceState::Released)) => STARTED,
+            (Status::Device, _) => REST_ARRIVES,
+            (Status::Failed | Status::Cancelled, Some(SourceState::Released)) => DECIDED,
+            _ => return None,
+        })
     }
 
     fn delta_counts(&self) -> DeltaCounts {

@@ -21,7 +21,7 @@ use crate::report::{Round, Status};
 use crate::to_go::ToGo;
 use crate::wire::{
     Abort, AbortReason, Done, MAX_DEVICE_STATE_BYTES, MAX_NAME_BYTES, Message, Offer, Release, Role, RoundDone,
-    Section, SessionId, data_checksum,
+    Section, SessionId, Stopped, data_checksum,
 };
 
 /// Bytes of device state in one message.
@@ -213,6 +213,8 @@ impl Migration<'_> {
         shared.set_phase(Phase::Switchover, first);
         if waits {
             shared.suspend_switchover();
+            let (dirty_bytes, _) = self.common.dirty.sync()?;
+            self.tell_stopped(dirty_bytes, waits)?;
         }
         let continued = if waits { self.await_continue() } else { Ok(()) };
         // Whether every connection is still there is found out now, and not by what the guest waits for.
@@ -229,6 +231,7 @@ impl Migration<'_> {
         let predicted_downtime = lock(&shared.report).predicted_downtime_seconds.unwrap_or_default();
         let dirty_rate = lock(&shared.report).dirty_bytes_per_second;
         let (last, _) = self.common.dirty.sync()?;
+        self.tell_stopped(last, false)?;
         self.send_round(round)?;
         self.report_last_round(round, clock.peek(), last, dirty_rate, predicted_downtime)?;
         shared.note_part(|parts| &mut parts.ram_seconds, clock.lap());
@@ -357,6 +360,13 @@ impl Migration<'_> {
             next = pieces.next();
         }
         Ok(())
+    }
+
+    /// Tells the destination since when the guest stands still and what is waited for.
+    fn tell_stopped(&self, dirty_bytes: u64, waits: bool) -> Result<(), Cause> {
+        let times = self.shared.guest.leaving_times(self.shared.id);
+        let stopped = times.stopped.map_or(Duration::ZERO, |then| then.elapsed());
+        self.control.send(&Message::Stopped(Stopped { stopped, dirty_bytes, waits }))
     }
 
     /// With the guest paused, until somebody has the migration go on.

@@ -32,11 +32,12 @@ pub(crate) enum FrameType {
     Abort = 12,
     Query = 13,
     Heartbeat = 14,
+    Stopped = 15,
     Pages = 32,
 }
 
 impl FrameType {
-    pub(crate) const ALL: [Self; 15] = [
+    pub(crate) const ALL: [Self; 16] = [
         Self::Start,
         Self::Accepted,
         Self::RoundDone,
@@ -51,6 +52,7 @@ impl FrameType {
         Self::Abort,
         Self::Query,
         Self::Heartbeat,
+        Self::Stopped,
         Self::Pages,
     ];
 
@@ -105,6 +107,7 @@ impl FrameType {
             Self::Abort => "Abort",
             Self::Query => "Query",
             Self::Heartbeat => "Heartbeat",
+            Self::Stopped => "Stopped",
             Self::Pages => "Pages",
         }
     }

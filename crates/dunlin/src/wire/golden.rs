@@ -109,6 +109,7 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
         ),
         ("query", 12, Message::Query { epoch: 3 }),
         ("heartbeat", 13, Message::Heartbeat(Heartbeat { received: 1 << 40, unread: 3 })),
+        ("stopped", 14, Message::Stopped(Stopped { stopped: nanos(8), dirty_bytes: 4096, waits: true })),
     ]
 }
 

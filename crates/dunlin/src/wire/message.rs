@@ -100,6 +100,17 @@ pub(crate) struct Heartbeat {
 /// Bytes of a heartbeat's body.
 pub(crate) const HEARTBEAT_BYTES: usize = 16;
 
+/// Source to destination: the guest stands still for the switchover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stopped {
+    /// For how long it has.
+    pub(crate) stopped: Duration,
+    /// RAM that is dirty: what the last round has to bring.
+    pub(crate) dirty_bytes: u64,
+    /// The migration waits to be continued, as `pause-before-switchover` asks. Otherwise the switchover goes on.
+    pub(crate) waits: bool,
+}
+
 /// Source to destination: a piece of a section of device state. Pieces of a section come in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Section {
@@ -216,6 +227,7 @@ pub(crate) enum Message {
     },
     /// Either way, on any connection: this side is alive, and this is what has come.
     Heartbeat(Heartbeat),
+    Stopped(Stopped),
 }
 
 fn duration_out(duration: Duration) -> u64 {
@@ -329,6 +341,7 @@ impl Message {
             Self::Abort(_) => FrameType::Abort,
             Self::Query { .. } => FrameType::Query,
             Self::Heartbeat(_) => FrameType::Heartbeat,
+            Self::Stopped(_) => FrameType::Stopped,
         }
     }
 
@@ -417,6 +430,11 @@ impl Message {
                 out.u64(heartbeat.received);
                 out.u64(heartbeat.unread);
             }
+            Self::Stopped(stopped) => {
+                out.u64(duration_out(stopped.stopped));
+                out.u64(stopped.dirty_bytes);
+                out.u8(u8::from(stopped.waits));
+            }
         }
         out.0
     }
@@ -501,6 +519,11 @@ impl Message {
                 guest: numbered(&GuestPlace::ALL, input.u8()?, "the guest's place")?,
                 epoch: input.u64()?,
                 text: input.text()?,
+            }),
+            FrameType::Stopped => Self::Stopped(Stopped {
+                stopped: Duration::from_nanos(input.u64()?),
+                dirty_bytes: input.u64()?,
+                waits: flag(input.u8()?)?,
             }),
             FrameType::Query => Self::Query { epoch: input.u64()? },
             FrameType::Heartbeat => Self::Heartbeat(Heartbeat { received: input.u64()?, unread: input.u64()? }),
