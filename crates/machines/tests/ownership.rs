@@ -25,6 +25,7 @@ use dunlin_machines::SyntheticMachine;
 const WORKLOAD: &str = "pattern=uniform,content=random,rate=20M/s,working-set=2M";
 const RELEASE: u16 = 9;
 const RUNNING: u16 = 10;
+const ABORT: u16 = 12;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -625,7 +626,9 @@ fn a_release_that_is_too_old() {
 #[test]
 fn a_destination_that_runs_what_was_not_released() {
     let running = [0u64, 0, 0, 1].into_iter().flat_map(u64::to_le_bytes).collect();
-    let (uri, other) = common::second::destination(vec![(RUNNING, running)]);
+    // Then it takes that back: failed, undecided, epoch 1, without a word. It is not believed.
+    let never = [&[0, 5][..], &1u64.to_le_bytes(), &[0, 0]].concat();
+    let (uri, other) = common::second::destination(vec![(RUNNING, running), (ABORT, never)]);
     let from = source(4 * MIB, 1, WORKLOAD, 5);
     let one = quick(&[("multifd-channels", "1"), ("switchover-timeout", "1s")]);
     let report = from.migrate(&uri, &one).wait();

@@ -68,6 +68,8 @@ struct Leaving {
     cancelled: bool,
     /// A Release is being sent.
     releasing: bool,
+    /// The destination has said that it runs what was not released: that it will never run it is not believed.
+    mistrusted: bool,
     /// Whether it was running when it was paused for the switchover.
     run: Resume,
     /// What the destination asked last.
@@ -292,6 +294,7 @@ impl Leaving {
         let decided = matches!(self.state, SourceState::TookBack | SourceState::Kept);
         match event {
             SourceEvent::Running if decided && heard.epoch > self.epoch => SourceEvent::Overruled,
+            SourceEvent::Aborted if self.mistrusted && !decided => SourceEvent::Kept,
             event => event,
         }
     }
@@ -547,6 +550,7 @@ impl Guest {
             seen: 0,
             cancelled: false,
             releasing: false,
+            mistrusted: false,
             run: Resume::StayPaused,
             question: 0,
             contact,
@@ -770,6 +774,7 @@ impl Guest {
             }
             let before = std::mem::replace(&mut leaving.state, next);
             leaving.seen = leaving.seen.max(heard.epoch);
+            leaving.mistrusted |= before == SourceState::Offered && event == SourceEvent::Running;
             match event {
                 SourceEvent::TakeBack => leaving.epoch = leaving.epoch.max(leaving.seen).saturating_add(1),
                 SourceEvent::Ready => {
