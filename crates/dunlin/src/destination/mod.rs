@@ -47,6 +47,8 @@ enum Event {
     Again(Connection),
     /// Somebody on this side wants an end.
     Cancel,
+    /// A person has decided that the guest is here, or has tried to.
+    Decided,
     /// The handle was dropped.
     Close,
 }
@@ -141,9 +143,14 @@ impl Shared {
 
     /// A person has decided that the guest is here.
     fn on_decision(&self) {
-        let arrived = lock(&self.session)
-            .as_ref()
-            .is_some_and(|current| self.guest.coming_at(current.coming) == Some(DestinationState::Running));
+        let arrived = match &*lock(&self.session) {
+            Some(current) => {
+                // The source may have asked meanwhile, and still waits for the answer.
+                let _ = current.events.send(Event::Decided);
+                self.guest.coming_at(current.coming) == Some(DestinationState::Running)
+            }
+            None => false,
+        };
         if arrived {
             self.note_arrival();
         }

@@ -288,6 +288,8 @@ impl<'a> Session<'a> {
             Event::ChannelLost(cause) => self.on_channel_lost(cause),
             Event::Data { index, connection } => self.on_data(index, connection),
             Event::Again(connection) => self.on_again(connection),
+            Event::Decided if self.link.is_some() => self.advance(DestinationEvent::Query, Heard::default()),
+            Event::Decided => Ok(()),
             Event::Cancel | Event::Close => self.on_end_wanted(matches!(event, Event::Close)),
         }
     }

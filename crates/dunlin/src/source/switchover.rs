@@ -28,6 +28,8 @@ use crate::wire::{
 const PIECE_BYTES: usize = 64 << 10;
 /// How long a source that has taken its guest back tries to tell a destination that may be waiting.
 const TELL: Duration = Duration::from_secs(2);
+/// How long a destination that is alive may take to say where the guest is, besides the time to start it.
+const ANSWER: Duration = Duration::from_secs(2);
 /// How long an operator's start or stop of the guest is waited for.
 const TURN: Duration = Duration::from_secs(30);
 /// Pause between attempts to reach the destination again: the first, and the longest.
@@ -489,9 +491,14 @@ impl<'a> Again<'a> {
         let Self { shared, sender, receiver } = self;
         let mut out = |message: &Message| sender.send(message);
         advance(shared, SourceEvent::Reconnected, Heard::default(), cause, &mut out)?;
+        // Signs of life are no answer: it is asked again.
+        let (asked, limit) = (Instant::now(), ANSWER + shared.switchover_timeout());
         let next = || {
             let message = receiver.next_message()?;
             shared.contact.touch();
+            if matches!(message, Message::Heartbeat(_)) && asked.elapsed() > limit {
+                return Err(Cause::Silent { waiting_for: "a word on where the guest is", after: limit });
+            }
             Ok(message)
         };
         settle(shared, cause, next, out)
