@@ -386,6 +386,36 @@ fn handles_may_be_dropped_at_any_moment() {
     }
 }
 
+/// The destination's handle is dropped when everything is there and the source has not been lost: that is as if it were.
+#[test]
+fn a_destination_dropped_while_its_source_is_there() {
+    let pair = pair();
+    let destination = pair.to.listen("tcp:127.0.0.1:0", &quick(&[]));
+    let held = Arc::new(AtomicBool::new(true));
+    let wait = held.clone();
+    // The source is held up between Ready and Release.
+    pair.here.set(move |step, _, _| {
+        if step == Step::Claim {
+            until("the test goes on", || !wait.load(Ordering::SeqCst));
+        }
+        Ok(())
+    });
+    let migration = pair.from.migrate(destination.local_uri(), &quick(&[("switchover-timeout", "10s")]));
+    until("everything is there", || pair.to.guest.ownership() == Ownership::Undecided);
+    drop(destination);
+    held.store(false, Ordering::SeqCst);
+    let report = migration.wait();
+    // Whether the source was released before it noticed or not: one of them can be had, and the other not harmed.
+    if report.guest == GuestPlace::Undecided {
+        until("it may be decided", || pair.to.guest.take_back(TakeBack::WhenSilent).is_ok());
+        assert!(really_runs(&pair.to.machine) && !really_runs(&pair.from.machine));
+    } else {
+        assert!(really_runs(&pair.from.machine) && !really_runs(&pair.to.machine), "{}", message(&report));
+        let refused = pair.to.guest.take_back(TakeBack::WhenSilent);
+        assert!(!matches!(refused, Err(GuestError::SourceConnected)), "{refused:?}");
+    }
+}
+
 /// Handles are dropped at random moments of a migration: at most one guest runs, and one can be brought to.
 #[test]
 fn handles_dropped_anywhere() {

@@ -670,6 +670,8 @@ impl<'a> Session<'a> {
         }
         self.link = None;
         self.channels.clear();
+        // What stays undecided can be decided without this session.
+        self.shared.guest.disconnected(self.coming);
         let state = self.state();
         let ended = Ended { id: self.id, state, epoch: self.epoch, running: self.running, abort: self.abort() };
         if state != DestinationState::Aborted {

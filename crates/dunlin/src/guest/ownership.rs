@@ -713,6 +713,13 @@ impl Guest {
         drop(state);
     }
 
+    /// The source of migration `id` in cannot be heard any more: nobody listens.
+    pub(crate) fn disconnected(&self, id: u64) {
+        if let Ok(coming) = self.state().coming(id) {
+            coming.connected = false;
+        }
+    }
+
     /// Whether the guest of a migration in waits here for its source, or for a person.
     pub(crate) fn waits_for_decision(&self) -> bool {
         let state = self.state();
