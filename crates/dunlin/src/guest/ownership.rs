@@ -5,6 +5,7 @@
 //! when the call has ended or was given up. What must stay true: a row of a table that has the vCPUs started or stopped is
 //! entered only by the one that holds the turn; ownership is derived from the tables' states and stored nowhere else.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,6 +29,8 @@ const RESUME_LIMIT: Duration = Duration::from_secs(10);
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 /// How long giving up what only one machine may use may take, once the guest has gone.
 const GIVE_UP_LIMIT: Duration = Duration::from_secs(2);
+/// Questions of which a destination remembers when it asked them.
+const MAX_ASKED: usize = 16;
 /// Sessions of which a guest remembers that their destinations have to be told.
 const MAX_UNTOLD: usize = 16;
 /// The part of `link-timeout` within which a Release must be acted on. The source lets nobody take its guest back before the
@@ -90,9 +93,9 @@ struct Coming {
     run: Resume,
     /// The source can be heard.
     connected: bool,
-    /// What was asked last, and when.
+    /// What was asked last, and when that and what was asked before. A source that was asked more than once answers each.
     question: u64,
-    asked: BootInstant,
+    asked: VecDeque<(u64, BootInstant)>,
     /// Starts that came too late.
     expired: u32,
     /// The source has let go of everything.
@@ -317,11 +320,19 @@ impl Coming {
     /// Asks anew: only a Release that answers this is acted on.
     fn ask(&mut self) {
         self.question = self.question.wrapping_add(1);
-        self.asked = BootInstant::now();
+        if self.asked.len() >= MAX_ASKED {
+            self.asked.pop_front();
+        }
+        self.asked.push_back((self.question, BootInstant::now()));
+    }
+
+    /// When the question was asked that a Release answers, if it was.
+    fn asked(&self, heard: Heard) -> Option<BootInstant> {
+        self.asked.iter().find(|(question, _)| *question == heard.question).map(|(_, asked)| *asked)
     }
 
     fn meaning(&self, event: DestinationEvent, heard: Heard) -> DestinationEvent {
-        let answers = heard.question == self.question && self.asked.elapsed() < heard.lease;
+        let answers = self.asked(heard).is_some_and(|asked| asked.elapsed() < heard.lease);
         match event {
             DestinationEvent::Release if heard.epoch < self.epoch || !answers => DestinationEvent::StaleRelease,
             // On equal terms the source's word holds: one of the two must give way.
@@ -599,7 +610,7 @@ impl Guest {
             run: Resume::StayPaused,
             connected: true,
             question: 0,
-            asked: BootInstant::now(),
+            asked: VecDeque::new(),
             expired: 0,
             settled: false,
             contact,
@@ -931,7 +942,10 @@ impl Guest {
     ) -> Result<(MutexGuard<'a, State>, &'static [DestinationAction], Option<GuestError>), Cause> {
         let coming = state.coming(id)?;
         let permit = match starting {
-            DestinationState::Starting => StartPermit::until(coming.asked + heard.lease),
+            DestinationState::Starting => {
+                // One that answers nothing is too old.
+                StartPermit::until(coming.asked(heard).map_or_else(BootInstant::now, |asked| asked + heard.lease))
+            }
             _ => StartPermit::unlimited(),
         };
         let (run, cpu) = (coming.run, coming.cpu.clone());
