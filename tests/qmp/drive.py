@@ -287,7 +287,7 @@ async def measured(machine):
     while (found := await machine.do("query-dirty-rate", calc_time_unit="millisecond"))["status"] != "measured":
         same((found["status"], found["calc-time"]), ("measuring", 200))
         await asyncio.sleep(0.05)
-    same(found["dirty-bytes-per-second"] >> 20, found["dirty-rate"])
+    same(-(-found["dirty-bytes-per-second"] >> 20), found["dirty-rate"])
     assert found["dirty-rate"] > 0, found
     await machine.refused("GenericError", "Parameter 'percentage' expects a value from 0 to 99", "set-vcpu-throttle",
                           percentage=100)
