@@ -4,7 +4,7 @@ use std::ops::Add;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
+use crate::sync::boot_time;
 
 /// A moment of CLOCK_BOOTTIME. Unlike `Instant`, which stands still while the host is suspended, it can tell how long
 /// something is ago whatever happened to this process meanwhile.
@@ -13,7 +13,7 @@ pub(crate) struct BootInstant(Duration);
 
 impl BootInstant {
     pub(crate) fn now() -> Self {
-        Self(Duration::try_from(clock_gettime(ClockId::Boottime)).unwrap_or_default())
+        Self(boot_time())
     }
 
     /// Time since `earlier`; zero if that is later.

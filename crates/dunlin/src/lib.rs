@@ -31,6 +31,7 @@ pub mod internals;
 mod link;
 mod page;
 mod source;
+mod sync;
 mod throttle;
 mod to_go;
 mod wire;

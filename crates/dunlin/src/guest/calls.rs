@@ -5,15 +5,16 @@
 //! given up before it began never begins; what one that was given up later returns is dropped.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+
 use std::time::{Duration, Instant};
 
 use crate::error::{Cause, GuestError, MachineStep};
-use crate::link::{CpuTime, contain, lock, spawn};
+use crate::link::{CpuTime, contain};
 use crate::machine::{Machine, MachineError};
+use crate::sync::mpsc::{self, RecvTimeoutError, Sender};
+use crate::sync::{JoinHandle, Mutex, lock, now, sleep, spawn};
 
 /// How long dropping waits for a call under way.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -91,7 +92,8 @@ impl Calls {
                 answered.try_recv().unwrap_or(Err(GuestError::MachineTooSlow { step, limit }))
             }
             Err(_) => {
-                let (at, since) = self.current().map_or((step, limit), |(at, since)| (at, since.elapsed()));
+                let (at, since) =
+                    self.current().map_or((step, limit), |(at, since)| (at, now().saturating_duration_since(since)));
                 Err(GuestError::MachineBusy { step, at, since })
             }
         }
@@ -123,12 +125,12 @@ impl Calls {
         let thread = spawn("machine", move || {
             for job in queue {
                 // Both in one step: who is told what the machine is at must not find nothing.
-                let mut now = lock(&current);
+                let mut at = lock(&current);
                 if job.taken.swap(true, Ordering::AcqRel) {
                     continue;
                 }
-                *now = Some((job.step, Instant::now()));
-                drop(now);
+                *at = Some((job.step, now()));
+                drop(at);
                 (job.body)(&*machine);
                 *lock(&current) = None;
             }
@@ -145,9 +147,9 @@ impl Drop for Calls {
         if let Some(Worker { jobs, thread }) = lock(&self.worker).take() {
             drop(jobs);
             // One that hangs in the VMM's code is left behind: nobody could wait for it.
-            let deadline = Instant::now() + PATIENCE;
-            while !thread.is_finished() && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_micros(50));
+            let deadline = now() + PATIENCE;
+            while !thread.is_finished() && now() < deadline {
+                sleep(Duration::from_micros(50));
             }
             if thread.is_finished() {
                 let _ = thread.join();

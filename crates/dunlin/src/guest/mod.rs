@@ -9,7 +9,7 @@ mod permit;
 
 use std::fmt;
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use serde::Serialize;
 
@@ -17,6 +17,7 @@ use crate::dirty_rate::{DirtyRate, DirtyRateError, DirtyRateRequest, DirtyRateSe
 use crate::error::{GuestError, GuestPlace, Side};
 use crate::machine::{Claim, Machine};
 use crate::report::Status;
+use crate::sync::{Condvar, Mutex};
 use crate::throttle::{Throttle, VcpuThrottle};
 pub(crate) use calls::Calls;
 use ownership::State;
@@ -68,8 +69,8 @@ pub struct Guest {
     calls: Calls,
     state: Mutex<State>,
     turn_ended: Condvar,
-    untold: Mutex<Vec<Untold>>,
-    watchers: Mutex<Vec<Sender<GuestEvent>>>,
+    untold: std::sync::Mutex<Vec<Untold>>,
+    watchers: std::sync::Mutex<Vec<Sender<GuestEvent>>>,
     throttle: Throttle,
     dirty_rate: DirtyRateService,
 }
@@ -99,8 +100,8 @@ impl Guest {
             machine,
             state: Mutex::new(State::new(ownership)),
             turn_ended: Condvar::new(),
-            untold: Mutex::default(),
-            watchers: Mutex::default(),
+            untold: std::sync::Mutex::default(),
+            watchers: std::sync::Mutex::default(),
         })
     }
 

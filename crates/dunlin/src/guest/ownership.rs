@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{Guest, GuestEvent, Ownership, Resume, StartPermit, TakeBack};
@@ -19,6 +19,7 @@ use crate::handover::{
 };
 use crate::link::{CpuTime, lock};
 use crate::machine::Claim;
+use crate::sync::{Fault, MutexGuard, now, seeded};
 use crate::wire::SessionId;
 
 /// How long an operator's start or stop may take, and how long it waits for another.
@@ -253,6 +254,7 @@ impl State {
             (_, Some(From::Gone), _) => Ownership::Gone,
             (_, _, Some(There::Loading | There::Aborted)) => Ownership::Awaited,
             (_, _, Some(There::Running)) => Ownership::Here,
+            (_, _, Some(There::Starting)) if seeded(Fault::HereTooSoon) => Ownership::Here,
             (_, _, Some(There::Ready | There::Starting | There::TakingOver | There::Kept | There::Retaking)) => {
                 Ownership::Undecided
             }
@@ -333,6 +335,7 @@ impl Coming {
 
     fn meaning(&self, event: DestinationEvent, heard: Heard) -> DestinationEvent {
         let answers = self.asked(heard).is_some_and(|asked| asked.elapsed() < heard.lease);
+        let answers = answers || seeded(Fault::OldRelease);
         match event {
             DestinationEvent::Release if heard.epoch < self.epoch || !answers => DestinationEvent::StaleRelease,
             // On equal terms the source's word holds: one of the two must give way.
@@ -360,7 +363,11 @@ fn silent_enough(rule: TakeBack, contact: &Contact, link_timeout: Duration) -> R
     let left = link_timeout.saturating_sub(contact.silence());
     match rule {
         TakeBack::Anyway => Ok(()),
-        TakeBack::WhenSilent if left.is_zero() => Ok(()),
+        TakeBack::WhenSilent if left.is_zero() => {
+            #[cfg(test)]
+            crate::sync::control::may_decide();
+            Ok(())
+        }
         TakeBack::WhenSilent => Err(GuestError::StillHeard { left }),
     }
 }
@@ -394,10 +401,10 @@ impl Guest {
         step: MachineStep,
         deadline: Instant,
     ) -> Result<MutexGuard<'a, State>, GuestError> {
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = deadline.saturating_duration_since(now());
         if let Some((at, since)) = state.turn {
             if left.is_zero() {
-                return Err(GuestError::MachineBusy { step, at, since: since.elapsed() });
+                return Err(GuestError::MachineBusy { step, at, since: now().saturating_duration_since(since) });
             }
             state = self.turn_ended.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -411,7 +418,7 @@ impl Guest {
         step: MachineStep,
         act: impl FnOnce(&Self) -> T,
     ) -> (MutexGuard<'a, State>, T) {
-        state.turn = Some((step, Instant::now()));
+        state.turn = Some((step, now()));
         drop(state);
         let done = act(self);
         let mut state = self.state();
@@ -426,8 +433,8 @@ impl Guest {
         state.permit = Some(permit.clone());
         let resumes = run == Resume::Run && !state.running;
         let (mut state, start) = self.with_turn(state, MachineStep::Resume, |guest| {
-            let deadline = Instant::now() + limit;
-            let left = || deadline.saturating_duration_since(Instant::now());
+            let deadline = now() + limit;
+            let left = || deadline.saturating_duration_since(now());
             let claimed = match claim {
                 Some(claim) => guest.calls.call(MachineStep::Claim, left(), &cpu, move |machine| machine.claim(claim)),
                 None => Ok(()),
@@ -516,11 +523,14 @@ impl Guest {
 
     /// An operator's start, taking `claim`, or stop without one.
     pub(super) fn operate(&self, run: Resume, claim: Claim) -> Result<(), GuestError> {
-        let deadline = Instant::now() + OPERATOR_LIMIT;
+        let deadline = now() + OPERATOR_LIMIT;
         let step = if run == Resume::Run { MachineStep::Resume } else { MachineStep::Pause };
         let mut state = self.state();
+        let mut looked = false;
         loop {
-            state.must_be_here()?;
+            if !(seeded(Fault::HereTooSoon) && std::mem::replace(&mut looked, true)) {
+                state.must_be_here()?;
+            }
             if state.turn.is_none() {
                 break;
             }
@@ -760,14 +770,19 @@ impl Guest {
         allowed: impl Fn(&Leaving) -> Result<(), GuestError>,
     ) -> Result<Left<'_>, Cause> {
         use SourceAction::{PauseGuest, ResumeGuest, SendRelease};
-        let deadline = Instant::now() + limit;
+        let deadline = now() + limit;
         let mut state = self.state();
         let mut claim_given_up = false;
         let (before, next, actions, run, cpu) = loop {
             let busy = state.turn.is_some();
             let leaving = state.leaving(id)?;
             allowed(leaving)?;
-            let event = leaving.meaning(event, heard);
+            let event = match leaving.meaning(event, heard) {
+                SourceEvent::Running if leaving.state == SourceState::Offered && seeded(Fault::RunningFails) => {
+                    return Err(Cause::Unexpected { message: "Running", expected: "Ready" });
+                }
+                event => event,
+            };
             let (next, actions) = leaving.state.on(event)?;
             let gives_away = leaving.state == SourceState::Offered && actions.contains(&SendRelease);
             if gives_away && leaving.cancelled {
@@ -781,7 +796,7 @@ impl Guest {
             if gives_away && !claim_given_up {
                 // While the guest is still this side's: what fails here leaves it here.
                 let cpu = leaving.cpu.clone();
-                let left = deadline.saturating_duration_since(Instant::now());
+                let left = deadline.saturating_duration_since(now());
                 let (locked, given) = self.with_turn(state, MachineStep::Claim, |guest| {
                     guest.calls.call(MachineStep::Claim, left, &cpu, |machine| machine.claim(Claim::Released))
                 });
@@ -804,17 +819,17 @@ impl Guest {
             }
             leaving.releasing |= actions.contains(&SendRelease);
             if next == SourceState::Released {
-                leaving.times.released.get_or_insert_with(Instant::now);
+                leaving.times.released.get_or_insert_with(now);
             }
             break (before, next, actions, leaving.run, leaving.cpu.clone());
         };
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = deadline.saturating_duration_since(now());
         let acted = if actions.contains(&PauseGuest) && state.leaving_state().is_some() {
             if next == SourceState::Paused {
                 let run = if state.running { Resume::Run } else { Resume::StayPaused };
                 let leaving = state.leaving(id)?;
                 leaving.run = run;
-                leaving.times.stopped = Some(Instant::now());
+                leaving.times.stopped = Some(now());
             }
             let (locked, stopped) = self.stop_vcpus(state, left, &cpu);
             state = locked;
@@ -846,7 +861,7 @@ impl Guest {
         };
         let leaving = state.leaving(id)?;
         if actions.contains(&ResumeGuest) || (next == SourceState::Gone && before != next) {
-            leaving.times.ended.get_or_insert_with(Instant::now);
+            leaving.times.ended.get_or_insert_with(now);
         }
         let say = leaving.say();
         drop(state);
@@ -874,7 +889,7 @@ impl Guest {
         allowed: impl Fn(&Coming) -> Result<(), GuestError>,
     ) -> Result<Came, Cause> {
         use DestinationAction::{PauseGuest, RevokeStart, SendReady, StartGuest};
-        let deadline = Instant::now() + limit;
+        let deadline = now() + limit;
         let mut state = self.state();
         let (before, next, actions) = loop {
             let busy = state.turn.is_some();
@@ -942,7 +957,7 @@ impl Guest {
     ) -> Result<(MutexGuard<'a, State>, &'static [DestinationAction], Option<GuestError>), Cause> {
         let coming = state.coming(id)?;
         let permit = match starting {
-            DestinationState::Starting => {
+            DestinationState::Starting if !seeded(Fault::OldRelease) => {
                 // One that answers nothing is too old.
                 StartPermit::until(coming.asked(heard).map_or_else(BootInstant::now, |asked| asked + heard.lease))
             }
@@ -966,6 +981,13 @@ impl Guest {
                 )
             }
         };
+        if seeded(Fault::PanicForgotten) && matches!(error, Some(GuestError::MachinePanicked { .. })) {
+            return Ok((state, &[], error));
+        }
+        if seeded(Fault::TakeOverThrowsAway) && event == DestinationEvent::StartFailed {
+            coming.state = DestinationState::Aborted;
+            return Ok((state, &[], None));
+        }
         let (next, actions) = coming.state.on(event)?;
         coming.state = next;
         Ok((state, actions, error))
@@ -993,7 +1015,11 @@ impl Guest {
         };
         let done = match (leaving, coming) {
             (Some(id), _) => {
-                let allowed = |leaving: &Leaving| leaving.may_decide(rule);
+                let before = seeded(Fault::DecisionUnlocked);
+                if before {
+                    self.state().leaving(id).map_err(|_| GuestError::InHandover)?.may_decide(rule)?;
+                }
+                let allowed = |leaving: &Leaving| if before { Ok(()) } else { leaving.may_decide(rule) };
                 let (event, heard) = (SourceEvent::TakeBack, Heard::default());
                 self.leave_if(id, event, heard, OPERATOR_LIMIT, rule, allowed).map_err(told)?.acted
             }

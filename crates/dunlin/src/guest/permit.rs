@@ -6,10 +6,10 @@
 //! that whoever revokes knows for certain whether a vCPU may have run.
 
 use crate::clock::BootInstant;
-use crate::link::lock;
+use crate::sync::{Fault, Mutex, lock, seeded};
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex};
 
 /// Nobody has entered yet.
 const FRESH: u8 = 0;
@@ -80,7 +80,7 @@ impl StartPermit {
         match self.0.state.load(Ordering::Acquire) {
             ENTERED => true,
             FRESH => self.first_entry(),
-            _ => false,
+            _ => seeded(Fault::PermitUnchecked),
         }
     }
 
@@ -115,6 +115,12 @@ impl StartPermit {
         }
         drop(slow);
         act();
+    }
+
+    /// Whether a vCPU may have run.
+    #[cfg(test)]
+    pub(crate) fn was_entered(&self) -> bool {
+        self.0.state.load(Ordering::Acquire) == ENTERED
     }
 
     /// Lets no vCPU enter any more, and tells whether one has before.

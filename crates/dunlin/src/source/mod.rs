@@ -34,6 +34,7 @@ use crate::handover::SourceState;
 use crate::link::{ChannelCounters, CpuTime, Place, lock, spawn};
 use crate::parameters::{ParameterError, Parameters};
 use crate::report::{CONTINUED, DECIDED, DeltaCounts, DowntimeParts, LOADED, REST_ARRIVES, Report, STARTED, Status};
+use crate::sync::now;
 use crate::wire::{Message, Offer, SessionId};
 pub(crate) use auto_converge::ThrottlePolicy;
 use pacing::Pacer;
@@ -214,7 +215,8 @@ impl Shared {
 
     /// The time of the switchover runs from now.
     fn begin_switchover(&self) {
-        *lock(&self.switchover) = Some(Instant::now());
+        let now = now();
+        *lock(&self.switchover) = Some(now);
     }
 
     /// Somebody else says when the switchover goes on: no time of it runs.
@@ -228,7 +230,8 @@ impl Shared {
 
     /// What is left of the switchover's time.
     fn time_left(&self) -> Duration {
-        let passed = lock(&self.switchover).map_or(Duration::ZERO, |began| began.elapsed());
+        let began = *lock(&self.switchover);
+        let passed = began.map_or(Duration::ZERO, |began| now().saturating_duration_since(began));
         self.switchover_timeout().saturating_sub(passed)
     }
 

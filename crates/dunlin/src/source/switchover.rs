@@ -605,3 +605,7 @@ pub(super) fn on_decision(shared: &Arc<Shared>) {
         lock(&shared.threads).push(thread);
     }
 }
+
+#[cfg(test)]
+#[path = "../guest_model/mod.rs"]
+mod model;
