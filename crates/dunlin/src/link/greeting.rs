@@ -24,7 +24,15 @@ pub(crate) fn say_hello(
     connection.set_receive_timeout(Some(silence))?;
     connection.set_send_timeout(Some(timeout))?;
     let sent = connection.send_all(&mut [IoSlice::new(&hello.encode())]);
-    let answer = sent.and_then(|()| await_answer(connection, silence, timeout));
+    let answer = match sent {
+        Ok(()) => await_answer(connection, silence, timeout),
+        // Whoever has gone may have said something before, which says more than that it has gone.
+        Err(gone) => {
+            connection.set_receive_timeout(Some(MORE))?;
+            let said = await_answer(connection, MORE, MORE);
+            said.map_err(|said| if matches!(said, Cause::Wire { .. }) { said } else { gone })
+        }
+    };
     let answer = answer.map_err(|cause| connection.explain(cause))?;
     connection.set_receive_timeout(None)?;
     match HelloReply::decode(&answer) {
