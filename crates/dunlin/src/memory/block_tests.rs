@@ -1,3 +1,5 @@
+//! RAM blocks over every kind of mapping: what giving pages back leaves, where holes are found, and that reading allocates none.
+
 use std::os::fd::AsFd;
 
 use proptest::prelude::*;
