@@ -196,12 +196,10 @@ impl Report {
         (self.precopy_bytes, self.before_stop_bytes) = (0, None);
     }
 
-    /// Fills in the bytes of precopy. As long as the guest has not been stopped all bytes are, as of `before`: that must
-    /// have been counted before this report was made, or the figure would go back when the guest is stopped meanwhile.
-    pub(crate) fn fill_in_precopy(&mut self, before: u64) {
-        let ram = &self.ram;
-        let not_stopped = if self.status.is_final() { ram.transferred_bytes } else { before };
-        self.precopy_bytes = self.before_stop_bytes.unwrap_or(not_stopped).min(ram.transferred_bytes);
+    /// Fills in the bytes of precopy, which all are as long as the guest has not been stopped.
+    pub(crate) fn fill_in_precopy(&mut self) {
+        let transferred = self.ram.transferred_bytes;
+        self.precopy_bytes = self.before_stop_bytes.unwrap_or(transferred).min(transferred);
     }
 
     /// The guest stands still since `stopped`, and what is waited for.

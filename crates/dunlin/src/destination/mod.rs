@@ -204,7 +204,7 @@ impl Shared {
             report.ram.pages += channel.pages;
             report.channels.push(channel);
         }
-        report.fill_in_precopy(report.ram.transferred_bytes);
+        report.fill_in_precopy();
         if !report.status.is_final() {
             let to_go = self.to_go(report.ram.pages.total());
             report.ram.remaining_bytes = to_go.bytes();

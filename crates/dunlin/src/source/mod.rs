@@ -276,14 +276,23 @@ impl Shared {
     fn snapshot(&self) -> Report {
         // First: what there is no more of by now is in the report.
         let to_go = lock(&self.common).as_ref().map(|common| common.dirty.to_go());
-        let transferred = self.transferred_bytes();
         let mut report = {
-            // With the lock held, so that the time never goes back when the migration ends.
-            let mut report = lock(&self.report);
-            if !report.status.is_final() {
-                report.total_seconds = self.began.elapsed().as_secs_f64();
+            // With the lock held, so that the time does not go back when the migration ends, nor the bytes of precopy when
+            // the guest is stopped.
+            let mut shown = lock(&self.report);
+            if !shown.status.is_final() {
+                shown.total_seconds = self.began.elapsed().as_secs_f64();
             }
-            report.clone()
+            let mut report = shown.clone();
+            report.channels =
+                lock(&self.channels).iter().enumerate().map(|(index, counters)| counters.report(index as u8)).collect();
+            report.ram.transferred_bytes = self.control.bytes.load(Ordering::Relaxed);
+            for channel in &report.channels {
+                report.ram.pages += channel.pages;
+                report.ram.transferred_bytes = report.ram.transferred_bytes.saturating_add(channel.transferred_bytes);
+            }
+            report.fill_in_precopy();
+            report
         };
         if let Some(to_go) = to_go
             && !report.status.is_final()
@@ -304,14 +313,6 @@ impl Shared {
             error.moved_to(report.guest);
         }
         report.downtime_limit_seconds = lock(&self.parameters).downtime_limit.as_secs_f64();
-        report.channels =
-            lock(&self.channels).iter().enumerate().map(|(index, counters)| counters.report(index as u8)).collect();
-        report.ram.transferred_bytes = self.control.bytes.load(Ordering::Relaxed);
-        for channel in &report.channels {
-            report.ram.pages += channel.pages;
-            report.ram.transferred_bytes = report.ram.transferred_bytes.saturating_add(channel.transferred_bytes);
-        }
-        report.fill_in_precopy(transferred);
         report.delta = self.delta_counts();
         report.cpu_seconds.source = Some(self.cpu.total().as_secs_f64());
         report.summarize();
