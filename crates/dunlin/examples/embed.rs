@@ -11,7 +11,8 @@ use std::thread::JoinHandle;
 
 use dunlin::memory::{DirtyTracker, Ram, RamBlock, WriteProtectTracker};
 use dunlin::{
-    Destination, Guest, Machine, MachineError, Need, Parameters, Source, StartPermit, StateSection, Status, Uri,
+    Destination, Guest, Machine, MachineError, Need, Parameters, Source, StartPermit, StateSection, Status,
+    SwitchoverCost, Uri,
 };
 use vm_memory::MmapRegion;
 
@@ -70,6 +71,11 @@ impl Machine for Buffer {
 
     fn accept_profile(&self, profile: &[u8]) -> Result<(), MachineError> {
         if profile == self.profile() { Ok(()) } else { Err("the source is not a buffer machine".into()) }
+    }
+
+    fn switchover_cost(&self) -> SwitchoverCost {
+        let step = std::time::Duration::from_millis(2);
+        SwitchoverCost { pause: step, save: step, load: step, resume: step, state_bytes: 8 }
     }
 
     fn pause(&self) -> Result<(), MachineError> {

@@ -135,6 +135,8 @@ pub enum MachineStep {
     Profile,
     /// Checking the other side's description of the machine.
     AcceptProfile,
+    /// Saying what a switchover costs.
+    Cost,
     /// Pausing the guest.
     Pause,
     /// Taking over or giving up what only one machine may use, see [`Machine::claim`](crate::Machine::claim).
@@ -153,6 +155,7 @@ impl fmt::Display for MachineStep {
             Self::Track => "track the guest's writes",
             Self::Profile => "describe the machine",
             Self::AcceptProfile => "check the source's machine",
+            Self::Cost => "say what a switchover costs",
             Self::Pause => "pause the guest",
             Self::Claim => "take over what only one machine may use",
             Self::Resume => "resume the guest",

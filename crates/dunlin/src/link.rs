@@ -21,6 +21,7 @@ use crate::wire::{
 };
 
 mod greeting;
+mod lateness;
 mod watch;
 
 pub(crate) use greeting::{answer_hello, say_hello};

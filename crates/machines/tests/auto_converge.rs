@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::{MIB, Side, empty, parameters, source, until};
 use dunlin::machine::{MachineError, StateSection};
 use dunlin::memory::{DirtyTracker, Ram};
-use dunlin::{Destination, Guest, Machine, Parameters, Report, Source, StartPermit, Status};
+use dunlin::{Destination, Guest, Machine, Parameters, Report, Source, StartPermit, Status, SwitchoverCost};
 
 /// One at a time: the speeds of guests are measured.
 static TURN: Mutex<()> = Mutex::new(());
@@ -203,6 +203,9 @@ impl Machine for Refusing {
         self.0.accept_profile(profile)
     }
 
+    fn switchover_cost(&self) -> SwitchoverCost {
+        self.0.switchover_cost()
+    }
     fn pause(&self) -> Result<(), MachineError> {
         self.0.pause()
     }

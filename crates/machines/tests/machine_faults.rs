@@ -11,7 +11,7 @@ use common::proxy::{Harm, Moment, Proxy};
 use common::{MIB, empty, move_guest, parameters, source, until};
 use dunlin::machine::{MachineError, StateSection};
 use dunlin::memory::{DirtyTracker, Ram};
-use dunlin::{Destination, Guest, GuestPlace, Machine, Report, Source, StartPermit, Status};
+use dunlin::{Destination, Guest, GuestPlace, Machine, Report, Source, StartPermit, Status, SwitchoverCost};
 use dunlin_machines::SyntheticMachine;
 
 /// The number of the last message of a migration, by docs/wire-format.md.
@@ -90,6 +90,9 @@ impl Machine for Brittle {
         self.machine.accept_profile(profile)
     }
 
+    fn switchover_cost(&self) -> SwitchoverCost {
+        self.machine.switchover_cost()
+    }
     fn pause(&self) -> Result<(), MachineError> {
         self.reach(Step::Pause)?;
         self.machine.pause()

@@ -9,9 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use common::{Random, parameters};
-use dunlin::StartPermit;
 use dunlin::memory::{DirtyTracker, Ram, RamBlock, WriteProtectTracker};
 use dunlin::{Destination, Guest, Machine, MachineError, Parameters, Source, StateSection, Status};
+use dunlin::{StartPermit, SwitchoverCost};
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
@@ -36,6 +36,9 @@ impl Machine for Bare {
     }
     fn accept_profile(&self, _: &[u8]) -> Result<(), MachineError> {
         Ok(())
+    }
+    fn switchover_cost(&self) -> SwitchoverCost {
+        SwitchoverCost::default()
     }
     fn pause(&self) -> Result<(), MachineError> {
         Ok(())

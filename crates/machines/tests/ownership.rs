@@ -18,7 +18,7 @@ use dunlin::machine::{Claim, MachineError, StateSection};
 use dunlin::memory::{DirtyTracker, Ram};
 use dunlin::{
     Destination, Guest, GuestError, GuestPlace, Machine, Ownership, Parameters, Report, Source, StartPermit, Status,
-    TakeBack, Uri,
+    SwitchoverCost, TakeBack, Uri,
 };
 use dunlin_machines::SyntheticMachine;
 
@@ -79,6 +79,9 @@ impl Machine for Odd {
     }
     fn claim(&self, _: Claim) -> Result<(), MachineError> {
         self.reach(Step::Claim, None)
+    }
+    fn switchover_cost(&self) -> SwitchoverCost {
+        self.machine.switchover_cost()
     }
     fn pause(&self) -> Result<(), MachineError> {
         self.reach(Step::Pause, None)?;

@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex};
 
 use common::{MIB, Random, empty_on, move_guest, parameters, source_on, source_with};
 use dunlin::memory::{DirtyTracker, Ram, RamBlock, WriteProtectTracker};
-use dunlin::{Destination, Guest, Machine, MachineError, Parameters, Source, StartPermit, StateSection, Status};
+use dunlin::{
+    Destination, Guest, Machine, MachineError, Parameters, Source, StartPermit, StateSection, Status, SwitchoverCost,
+};
 use dunlin_machines::{Backing, SyntheticMachine};
 use rustix::fs::MemfdFlags;
 use vm_memory::{FileOffset, MmapRegion};
@@ -83,6 +85,9 @@ impl Machine for Bare {
     }
     fn accept_profile(&self, _: &[u8]) -> Result<(), MachineError> {
         Ok(())
+    }
+    fn switchover_cost(&self) -> SwitchoverCost {
+        SwitchoverCost::default()
     }
     fn pause(&self) -> Result<(), MachineError> {
         Ok(())

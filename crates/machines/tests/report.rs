@@ -18,7 +18,7 @@ use dunlin::memory::{DirtyBitmap, DirtyTracker, Ram, TrackerError};
 use dunlin::report::DowntimeParts;
 use dunlin::{
     Destination, Guest, GuestPlace, Machine, MachineError, Parameters, Report, Source, StartPermit, StateSection,
-    Status, TakeBack, Uri,
+    Status, SwitchoverCost, TakeBack, Uri,
 };
 use dunlin_machines::{Backing, SyntheticConfig, SyntheticMachine};
 
@@ -131,6 +131,9 @@ impl Machine for Counted {
         self.machine.accept_profile(profile)
     }
 
+    fn switchover_cost(&self) -> SwitchoverCost {
+        self.machine.switchover_cost()
+    }
     fn pause(&self) -> Result<(), MachineError> {
         let began = Instant::now();
         let done = self.machine.pause();

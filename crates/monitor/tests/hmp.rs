@@ -8,7 +8,7 @@ use std::sync::Arc;
 use dunlin::machine::{Machine, MachineError, StateSection};
 use dunlin::memory::{DirtyTracker, Ram};
 use dunlin::parameters::ParameterInfo;
-use dunlin::{Guest, PARAMETERS, StartPermit};
+use dunlin::{Guest, PARAMETERS, StartPermit, SwitchoverCost};
 use dunlin_monitor::Vm;
 use dunlin_monitor::hmp::{self, Session};
 
@@ -28,6 +28,9 @@ impl Machine for Tiny {
     }
     fn accept_profile(&self, _: &[u8]) -> Result<(), MachineError> {
         Ok(())
+    }
+    fn switchover_cost(&self) -> SwitchoverCost {
+        SwitchoverCost::default()
     }
     fn pause(&self) -> Result<(), MachineError> {
         Ok(())

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow};
 use dunlin::memory::{DirtyTracker, Ram, RamBlock, WriteProtectTracker};
 use dunlin::units::format_size;
-use dunlin::{Machine, MachineError, StartPermit, StateSection};
+use dunlin::{Machine, MachineError, StartPermit, StateSection, SwitchoverCost};
 use dunlin_machines::Backing;
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
@@ -118,6 +118,11 @@ impl Machine for Idle {
 
     fn accept_profile(&self, profile: &[u8]) -> Result<(), MachineError> {
         if profile == self.profile() { Ok(()) } else { Err("the source is not an idle machine".into()) }
+    }
+
+    fn switchover_cost(&self) -> SwitchoverCost {
+        let none = std::time::Duration::ZERO;
+        SwitchoverCost { pause: none, save: none, load: none, resume: none, state_bytes: 0 }
     }
 
     fn pause(&self) -> Result<(), MachineError> {

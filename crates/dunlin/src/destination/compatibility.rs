@@ -12,7 +12,7 @@ use crate::units::format_size;
 use crate::wire::{Start, UNCHECKED_PAGES};
 
 /// How long the machine may take to look at the other one's description: it may have to be made anew.
-const LOOK_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const LOOK_LIMIT: Duration = Duration::from_secs(30);
 
 fn refuse<T>(reason: String) -> Result<T, Cause> {
     Err(Cause::Incompatible { reason })

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::compatibility;
+use super::compatibility::{self, LOOK_LIMIT};
 use super::device_state::DeviceState;
 use super::links::{Channel, Link};
 use super::placement::{Placement, Staging};
@@ -17,18 +17,19 @@ use super::{Event, Shared};
 use crate::channel::Connection;
 use crate::clock::Contact;
 use crate::error::{Cause, MachineStep, Phase, Side};
-use crate::guest::{Came, Heard, Resume};
+use crate::guest::{Came, Expected, Heard, Resume};
 use crate::handover::{DestinationAction, DestinationEvent, DestinationState};
 use crate::link::{
     COUNTED_HELLO_BYTES, ChannelCounters, FrameReceiver, FrameSender, Part, Places, SharedSender, Watch, answer_hello,
     contain, lock,
 };
+use crate::machine::SwitchoverCost;
 use crate::parameters::Integrity;
 use crate::report::{DeltaCounts, DowntimeParts, PageCounts, Round, Status};
 use crate::to_go::{self, ToGo};
 use crate::wire::{
-    Abort, AbortReason, Done, HelloReply, MarkAck, Message, Offer, Ready, Release, Role, RoundDone, Running, Section,
-    SessionId, Start, Stopped, UNCHECKED_PAGES,
+    Abort, AbortReason, Done, HelloReply, MarkAck, Message, Offer, Probe, Probed, Ready, Release, Role, RoundDone,
+    Running, Section, SessionId, Start, Stopped, UNCHECKED_PAGES, data_checksum,
 };
 
 /// How long after a lost data channel the source's reason may take on the control connection.
@@ -91,6 +92,8 @@ pub(super) struct Session<'a> {
     offered: Option<Instant>,
     running: Running,
     epoch: u64,
+    /// What the machine says that a switchover costs.
+    cost: SwitchoverCost,
     /// What ended it.
     cause: Option<Cause>,
     /// A data channel is lost; the control connection may yet tell why.
@@ -128,6 +131,7 @@ impl<'a> Session<'a> {
             offered: None,
             running: Running { load: Duration::ZERO, resume: Duration::ZERO, cpu: Duration::ZERO, epoch: 1 },
             epoch: 1,
+            cost: SwitchoverCost::default(),
             cause: None,
             suspicion: None,
             done: false,
@@ -321,10 +325,12 @@ impl<'a> Session<'a> {
                 self.on_stopped(stopped);
                 Ok(())
             }
+            Message::Probe(probe) if loading => self.on_probe(&probe),
             Message::Section(section) if loading => self.on_section(section),
             Message::Offer(offer) if self.offer.is_none() => {
                 *lock(&self.shared.phase) = Phase::Handover;
                 self.offer = Some(offer);
+                self.learn(offer);
                 let run = if offer.run { Resume::Run } else { Resume::StayPaused };
                 self.shared.guest.coming_runs(self.coming, run);
                 self.offered = Some(Instant::now());
@@ -352,6 +358,32 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// How long it took to stop this machine where it comes from is worth knowing when it goes on from here.
+    fn learn(&self, offer: Offer) {
+        let Some(parts) = DowntimeParts::from_nanoseconds(offer.parts) else { return };
+        for (step, seconds) in
+            [(MachineStep::Pause, parts.pause_seconds), (MachineStep::Save, parts.device_state_seconds)]
+        {
+            let took = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+            self.shared.guest.calls().note(step, took);
+        }
+    }
+
+    /// As a piece of device state, but for what becomes of it.
+    fn on_probe(&self, probe: &Probe) -> Result<(), Cause> {
+        if data_checksum(&probe.piece) != probe.checksum {
+            let reason = format!("probe {} has not the checksum that came with it", probe.number);
+            return Err(Cause::Incompatible { reason });
+        }
+        if !probe.last {
+            return Ok(());
+        }
+        let Expected { load, resume, claim, .. } = self.shared.guest.calls().expect(self.cost);
+        let late = self.link.as_ref().and_then(|link| link.watch.as_ref()).map_or(Duration::ZERO, Watch::lateness);
+        let resume = resume.saturating_add(claim);
+        self.send(&Message::Probed(Probed { number: probe.number, load, resume, late }))
+    }
+
     fn on_done(&mut self, done: Done) {
         {
             let mut report = lock(&self.shared.report);
@@ -375,6 +407,7 @@ impl<'a> Session<'a> {
             return Err(Cause::Incompatible { reason });
         }
         let features = compatibility::check(start, &self.shared.guest, &self.shared.cpu)?;
+        self.cost = self.shared.guest.calls().declared_cost(LOOK_LIMIT, &self.shared.cpu)?;
         let unchecked = features.iter().any(|feature| feature == UNCHECKED_PAGES);
         self.placement.open(if unchecked { Integrity::None } else { Integrity::Checksum }, start.channels);
         self.expected = Some(start.channels);
@@ -498,6 +531,7 @@ impl<'a> Session<'a> {
         }
         let sections = self.device_state.take(offer.sections)?;
         let (calls, limit) = (self.shared.guest.calls(), self.shared.switchover_limit());
+        calls.note_state(&sections);
         calls.call(MachineStep::Load, limit, &self.shared.cpu, move |machine| machine.load(sections))?;
         self.running.load = began.elapsed();
         *lock(&self.shared.to_go) = ToGo::round(0);

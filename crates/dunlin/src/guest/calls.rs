@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::{Cause, GuestError, MachineStep};
+use crate::guest::taken::{Expected, Taken};
 use crate::link::{CpuTime, contain};
-use crate::machine::{Machine, MachineError};
+use crate::machine::{Machine, MachineError, StateSection, SwitchoverCost};
 use crate::sync::mpsc::{self, RecvTimeoutError, Sender};
 use crate::sync::{JoinHandle, Mutex, lock, now, sleep, spawn};
 
@@ -41,6 +42,7 @@ pub(crate) struct Calls {
     machine: Arc<dyn Machine>,
     worker: Mutex<Option<Worker>>,
     current: Current,
+    taken: Arc<Mutex<Taken>>,
 }
 
 impl fmt::Debug for Calls {
@@ -51,7 +53,7 @@ impl fmt::Debug for Calls {
 
 impl Calls {
     pub(crate) fn new(machine: Arc<dyn Machine>) -> Self {
-        Self { machine, worker: Mutex::default(), current: Arc::default() }
+        Self { machine, worker: Mutex::default(), current: Arc::default(), taken: Arc::default() }
     }
 
     /// What the machine is busy with, and since when.
@@ -72,11 +74,16 @@ impl Calls {
     ) -> Result<T, GuestError> {
         let (answer, answered) = mpsc::channel();
         let taken = Arc::new(AtomicBool::new(false));
-        let cpu = cpu.clone();
+        let (cpu, noted) = (cpu.clone(), self.taken.clone());
         let body: Body = Box::new(move |machine| {
             let result = {
                 let _meter = cpu.meter();
-                contain("machine", || Ok(body(machine)))
+                let began = now();
+                let result = contain("machine", || Ok(body(machine)));
+                if let Ok(Ok(_)) = &result {
+                    lock(&noted).note(step, now(), now().saturating_duration_since(began));
+                }
+                result
             };
             let _ = answer.send(match result {
                 Ok(result) => result.map_err(|source| GuestError::Machine { step, source }),
@@ -97,6 +104,31 @@ impl Calls {
                 Err(GuestError::MachineBusy { step, at, since })
             }
         }
+    }
+
+    /// A call elsewhere on the same machine has taken `took`.
+    pub(crate) fn note(&self, step: MachineStep, took: Duration) {
+        lock(&self.taken).note(step, now(), took);
+    }
+
+    /// The device state is `sections`.
+    pub(crate) fn note_state(&self, sections: &[StateSection]) -> u64 {
+        let bytes = sections.iter().map(|section| section.data.len() as u64).fold(0, u64::saturating_add);
+        lock(&self.taken).note_state(now(), bytes);
+        bytes
+    }
+
+    /// What the machine says that a switchover costs.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub(crate) fn declared_cost(&self, limit: Duration, cpu: &Arc<CpuTime>) -> Result<SwitchoverCost, GuestError> {
+        self.call(MachineStep::Cost, limit, cpu, |machine| Ok(machine.switchover_cost()))
+    }
+
+    /// What it will cost, by that and by what it lately did.
+    pub(crate) fn expect(&self, declared: SwitchoverCost) -> Expected {
+        lock(&self.taken).expect(declared, now())
     }
 
     /// Has `body` called when its turn comes; nobody waits for it.

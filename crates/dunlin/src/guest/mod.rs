@@ -6,6 +6,7 @@
 mod calls;
 mod ownership;
 mod permit;
+mod taken;
 
 use std::fmt;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -23,6 +24,7 @@ pub(crate) use calls::Calls;
 use ownership::State;
 pub(crate) use ownership::{Came, Ground, Heard, Left, Untold};
 pub use permit::StartPermit;
+pub(crate) use taken::Expected;
 
 /// Who may run the guest, seen from this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::World;
 use crate::guest::StartPermit;
-use crate::machine::{Claim, Machine, MachineError, StateSection};
+use crate::machine::{Claim, Machine, MachineError, StateSection, SwitchoverCost};
 use crate::memory::{DirtyTracker, Ram};
 use crate::sync::control::{fail, note, random};
 use crate::sync::simulated::point;
@@ -175,6 +175,11 @@ impl Machine for Vm {
 
     fn accept_profile(&self, _: &[u8]) -> Result<(), MachineError> {
         Ok(())
+    }
+
+    fn switchover_cost(&self) -> SwitchoverCost {
+        let none = Duration::ZERO;
+        SwitchoverCost { pause: none, save: none, load: none, resume: none, state_bytes: 0 }
     }
 
     fn pause(&self) -> Result<(), MachineError> {

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
+use super::lateness::Lateness;
 use super::{ChannelCounters, SharedSender, lock, spawn};
 use crate::channel::Connection;
 use crate::error::Cause;
@@ -78,6 +79,8 @@ struct Shared {
     changed: Condvar,
     /// Nanoseconds of silence after which the connection for messages was given up; 0 while it was not.
     silent: AtomicU64,
+    /// How late the watching thread was to run.
+    lateness: Mutex<Lateness>,
 }
 
 #[derive(Debug, Default)]
@@ -298,7 +301,10 @@ impl Shared {
         while !self.end.load(Ordering::Acquire) {
             let stopped = lock(&self.state).stopped.is_some();
             let tick = self.tick(stopped);
-            self.sleep(tick.saturating_sub(looked.elapsed()));
+            let due = looked + tick;
+            if self.sleep(tick.saturating_sub(looked.elapsed())) {
+                lock(&self.lateness).note(due, Instant::now());
+            }
             let mut elapsed = looked.elapsed();
             let full = elapsed >= tick;
             if full {
@@ -319,8 +325,8 @@ impl Shared {
         }
     }
 
-    /// Sleeps until something is to be done.
-    fn sleep(&self, timeout: Duration) {
+    /// Sleeps until something is to be done; whether the time has passed before there was.
+    fn sleep(&self, timeout: Duration) -> bool {
         let read: Vec<Arc<Connection>> = {
             let state = lock(&self.state);
             let read = state.entries.iter().filter(|entry| entry.reader.is_some() && !entry.retired);
@@ -330,11 +336,13 @@ impl Shared {
         fds.extend(read.iter().map(|connection| PollFd::from_borrowed_fd(connection.as_fd(), PollFlags::IN)));
         // A zero timeout looks once.
         let timeout = Timespec::try_from(timeout).ok();
-        if rustix::event::poll(&mut fds, timeout.as_ref()).is_err() {
+        let ready = rustix::event::poll(&mut fds, timeout.as_ref());
+        if ready.is_err() {
             std::thread::sleep(Duration::from_millis(1));
         }
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.wake, &mut count);
+        ready == Ok(0)
     }
 
     /// Reads and sends what is to be; and, where `elapsed` has passed since the last full look, finds the dead.
@@ -401,6 +409,7 @@ impl Watch {
             state: Mutex::new(State { entries, ..State::default() }),
             changed: Condvar::new(),
             silent: AtomicU64::new(0),
+            lateness: Mutex::new(Lateness::new()),
         });
         let watching = shared.clone();
         let thread = spawn("watch", move || watching.run(&lost))?;
@@ -482,6 +491,11 @@ impl Watch {
             }
             state = shared.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// How late this side has lately been to run when it was to, at most.
+    pub(crate) fn lateness(&self) -> Duration {
+        lock(&self.shared.lateness).longest(Instant::now())
     }
 
     /// How long the connection for messages was silent before it was given up for that, if it was.

@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 use super::auto_converge::AutoConverge;
 use super::contention::Contention;
 use super::convergence::{self, Costs, Decision, RoundFigures, Verdict};
+use super::costs::{Fixed, Measured, Probes};
 use super::dirty::DirtyRam;
 use super::marks::Marks;
 use super::setup::{self, Control};
+use super::switchover::PIECE_BYTES;
 use super::worker::Common;
 use super::workers::Workers;
 use super::{Event, Shared, switchover};
@@ -18,13 +20,11 @@ use crate::channel::Connections;
 use crate::error::{Cause, MachineStep, Phase};
 use crate::guest::GuestEvent;
 use crate::link::{contain, lock};
+use crate::machine::SwitchoverCost;
 use crate::report::{PageCounts, Round, Status};
 use crate::to_go::{self, ToGo};
 use crate::units::format_size;
-use crate::wire::{Message, RoundDone, SessionId};
-
-/// Pausing, reading, loading and resuming a machine, before there is a measurement.
-const PAUSE_SAVE_LOAD_RESUME: Duration = Duration::from_millis(1);
+use crate::wire::{Message, Probe, Probed, RoundDone, SessionId, data_checksum};
 
 /// How long the machine may take to answer while the guest runs.
 pub(super) const MACHINE_LIMIT: Duration = Duration::from_secs(30);
@@ -46,6 +46,9 @@ pub(super) struct Migration<'a> {
     pub(super) rounds: Vec<RoundFigures>,
     pub(super) auto_converge: AutoConverge,
     last_sync: Duration,
+    /// What the machine says that a switchover costs.
+    declared: SwitchoverCost,
+    probes: Probes,
     contention: Contention,
     marks: Marks,
     /// The figures at the end of the round before.
@@ -71,6 +74,7 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
     let machine = shared.guest.machine().clone();
     let calls = shared.guest.calls();
     let tracker = calls.call(MachineStep::Track, MACHINE_LIMIT, &shared.cpu, |machine| machine.dirty_tracker())?;
+    let declared = calls.declared_cost(MACHINE_LIMIT, &shared.cpu)?;
     switchover::tell_earlier(shared);
     let control = match contain("source", || setup::open(shared, session, events)) {
         Ok(control) => control,
@@ -107,6 +111,8 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
         rounds: Vec::new(),
         auto_converge: AutoConverge::new(shared.throttling),
         last_sync: Duration::ZERO,
+        declared,
+        probes: Probes::default(),
         contention: Contention::new(),
         marks,
         moved_before: shared.transferred_bytes(),
@@ -142,6 +148,9 @@ impl Migration<'_> {
             // Under a limit the last frame's time is not over when it has arrived. A stopped guest must not wait for it.
             self.common.pacer.settle(&self.shared.stop);
             let duration = began.elapsed();
+            if self.probes.are_due(Instant::now()) {
+                self.probe()?;
+            }
             let verdict = self.end_round(number, duration)?;
             match verdict.decision {
                 Decision::SwitchOver => return Ok(number),
@@ -215,6 +224,46 @@ impl Migration<'_> {
         Ok(())
     }
 
+    /// Measures what the way there and back takes, and what the destination needs to take device state.
+    fn probe(&mut self) -> Result<(), Cause> {
+        let bytes = Probes::size(self.shared.guest.calls().expect(self.declared).state_bytes);
+        let began = Instant::now();
+        self.answered_probe(0)?;
+        let round_trip = began.elapsed();
+        let (sent, rate) = (Instant::now(), self.common.pacer.rate());
+        let there = self.answered_probe(bytes)?;
+        let measured = Measured { round_trip, took: sent.elapsed(), bytes, rate };
+        self.common.pacer.settle(&self.shared.stop);
+        self.probes.note(began, Instant::now(), measured, there);
+        Ok(())
+    }
+
+    /// Sends `bytes` as device state would be sent, and waits for the answer.
+    fn answered_probe(&mut self, bytes: u64) -> Result<Probed, Cause> {
+        let number = self.probes.next_number();
+        let mut left = bytes;
+        loop {
+            let piece = vec![0x5a; left.min(PIECE_BYTES as u64) as usize];
+            left = left.saturating_sub(piece.len() as u64);
+            self.common.pacer.pay(piece.len() as u64, &self.shared.stop);
+            if self.stopped() {
+                return Err(Cause::Cancelled);
+            }
+            let (last, checksum) = (left == 0, data_checksum(&piece));
+            self.control.send(&Message::Probe(Probe { number, last, checksum, piece }))?;
+            if last {
+                break;
+            }
+        }
+        loop {
+            match self.shared.next_message(self.incoming, &self.control)? {
+                Message::Probed(probed) if probed.number == number => return Ok(probed),
+                Message::Abort(abort) => return Err(setup::aborted(&abort)),
+                other => return Err(Cause::Unexpected { message: other.name(), expected: "Probed" }),
+            }
+        }
+    }
+
     /// Figures, decision, report.
     fn end_round(&mut self, number: u32, duration: Duration) -> Result<Verdict, Cause> {
         let began = Instant::now();
@@ -230,16 +279,17 @@ impl Migration<'_> {
             let parameters = lock(&self.shared.parameters);
             (parameters.downtime_limit, parameters.max_bandwidth, parameters.avail_switchover_bandwidth)
         };
-        let round_trip = *lock(&self.shared.round_trip);
         let speedup_when_stopped = self.contention.factor(self.shared.cpu.total());
-        let fixed = PAUSE_SAVE_LOAD_RESUME + self.last_sync + round_trip * 2;
-        let costs = Costs { fixed, max_bandwidth, avail_switchover_bandwidth, speedup_when_stopped };
+        let here = self.shared.guest.calls().expect(self.declared);
+        let rate = convergence::limit_when_stopped(max_bandwidth, avail_switchover_bandwidth);
+        let fixed = self.probes.fixed(&here, self.last_sync, rate);
+        let costs = Costs { fixed: fixed.total(), max_bandwidth, avail_switchover_bandwidth, speedup_when_stopped };
         let verdict = convergence::decide(&self.rounds, &costs, limit);
         let ram_rate = to_go::ram_rate(number, ram_bytes, moved, verdict.bandwidth);
         self.common.dirty.expect(ToGo::round_beside(dirty_bytes, dirty_rate, ram_rate));
         let advice = || self.auto_converge.advice(self.shared);
         let not_converging =
-            verdict.not_converging.then(|| why_not(&verdict, dirty_bytes, dirty_rate, fixed, limit, &advice()));
+            verdict.not_converging.then(|| why_not(&verdict, dirty_bytes, dirty_rate, &fixed, limit, &advice()));
         lock(&self.shared.report).not_converging.clone_from(&not_converging);
         let throttle = lock(&self.shared.report).throttled();
         let round = RoundDone {
@@ -299,16 +349,17 @@ fn why_not(
     verdict: &Verdict,
     dirty_bytes: u64,
     dirty_rate: u64,
-    fixed: Duration,
+    fixed: &Fixed,
     limit: Duration,
     advice: &str,
 ) -> String {
     let limit = limit.as_secs_f64() * 1e3;
     if verdict.fixed_too_long {
         return format!(
-            "stopping the guest here and starting it there takes about {:.0} ms on this link by itself, where {limit:.0} ms \
-             are allowed; raise downtime-limit",
-            fixed.as_secs_f64() * 1e3,
+            "stopping the guest here and starting it there takes about {:.0} ms by itself, where {limit:.0} ms are allowed: \
+             {}; raise downtime-limit",
+            fixed.total().as_secs_f64() * 1e3,
+            fixed.longest(),
         );
     }
     format!(

@@ -7,6 +7,7 @@
 mod auto_converge;
 mod contention;
 mod convergence;
+mod costs;
 mod dirty;
 mod frame;
 mod marks;

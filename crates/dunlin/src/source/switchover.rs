@@ -25,7 +25,7 @@ use crate::wire::{
 };
 
 /// Bytes of device state in one message.
-const PIECE_BYTES: usize = 64 << 10;
+pub(super) const PIECE_BYTES: usize = 64 << 10;
 /// How long a source that has taken its guest back tries to tell a destination that may be waiting.
 const TELL: Duration = Duration::from_secs(2);
 /// How long a destination that is alive may take to say where the guest is, besides the time to start it.
@@ -323,7 +323,7 @@ impl Migration<'_> {
     fn send_device_state(&self) -> Result<u32, Cause> {
         let (calls, left) = (self.shared.guest.calls(), self.shared.time_left());
         let sections = calls.call(MachineStep::Save, left, &self.shared.cpu, |machine| machine.save())?;
-        let total: u64 = sections.iter().map(|section| section.data.len() as u64).sum();
+        let total = calls.note_state(&sections);
         if total > MAX_DEVICE_STATE_BYTES {
             return Err(Cause::DeviceStateTooLarge { limit_bytes: MAX_DEVICE_STATE_BYTES });
         }

@@ -33,11 +33,13 @@ pub(crate) enum FrameType {
     Query = 13,
     Heartbeat = 14,
     Stopped = 15,
+    Probe = 16,
+    Probed = 17,
     Pages = 32,
 }
 
 impl FrameType {
-    pub(crate) const ALL: [Self; 16] = [
+    pub(crate) const ALL: [Self; 18] = [
         Self::Start,
         Self::Accepted,
         Self::RoundDone,
@@ -53,6 +55,8 @@ impl FrameType {
         Self::Query,
         Self::Heartbeat,
         Self::Stopped,
+        Self::Probe,
+        Self::Probed,
         Self::Pages,
     ];
 
@@ -68,6 +72,7 @@ impl FrameType {
         match self {
             Self::Start => 4 << 20,
             Self::Section => (1 << 20) + 512,
+            Self::Probe => 1 << 20,
             Self::Pages => MAX_PAGES_BYTES,
             _ => 4096,
         }
@@ -108,6 +113,8 @@ impl FrameType {
             Self::Query => "Query",
             Self::Heartbeat => "Heartbeat",
             Self::Stopped => "Stopped",
+            Self::Probe => "Probe",
+            Self::Probed => "Probed",
             Self::Pages => "Pages",
         }
     }

@@ -110,6 +110,12 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
         ("query", 12, Message::Query { epoch: 3 }),
         ("heartbeat", 13, Message::Heartbeat(Heartbeat { received: 1 << 40, unread: 3 })),
         ("stopped", 14, Message::Stopped(Stopped { stopped: nanos(8), dirty_bytes: 4096, waits: true })),
+        ("probe", 15, Message::Probe(Probe { number: 3, last: true, checksum: 7, piece: b"any".to_vec() })),
+        (
+            "probed",
+            16,
+            Message::Probed(Probed { number: 3, load: nanos(1000), resume: nanos(2000), late: nanos(3000) }),
+        ),
     ]
 }
 

@@ -111,6 +111,30 @@ pub(crate) struct Stopped {
     pub(crate) waits: bool,
 }
 
+/// Source to destination, while the guest runs: bytes like those of device state, which are checked as these are and dropped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Probe {
+    pub(crate) number: u32,
+    /// Nothing follows: this is to be answered.
+    pub(crate) last: bool,
+    /// CRC-64/NVME of the bytes.
+    pub(crate) checksum: u64,
+    pub(crate) piece: Vec<u8>,
+}
+
+/// Destination to source: everything of that probe has come. With it what the destination knows of its own part of a
+/// switchover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Probed {
+    pub(crate) number: u32,
+    /// Loading device state will take so long,
+    pub(crate) load: Duration,
+    /// and starting the guest.
+    pub(crate) resume: Duration,
+    /// How late this side has lately been to run when it was to: the longest.
+    pub(crate) late: Duration,
+}
+
 /// Source to destination: a piece of a section of device state. Pieces of a section come in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Section {
@@ -228,6 +252,8 @@ pub(crate) enum Message {
     /// Either way, on any connection: this side is alive, and this is what has come.
     Heartbeat(Heartbeat),
     Stopped(Stopped),
+    Probe(Probe),
+    Probed(Probed),
 }
 
 fn duration_out(duration: Duration) -> u64 {
@@ -342,6 +368,8 @@ impl Message {
             Self::Query { .. } => FrameType::Query,
             Self::Heartbeat(_) => FrameType::Heartbeat,
             Self::Stopped(_) => FrameType::Stopped,
+            Self::Probe(_) => FrameType::Probe,
+            Self::Probed(_) => FrameType::Probed,
         }
     }
 
@@ -435,6 +463,16 @@ impl Message {
                 out.u64(stopped.dirty_bytes);
                 out.u8(u8::from(stopped.waits));
             }
+            Self::Probe(probe) => {
+                out.u32(probe.number);
+                out.u8(u8::from(probe.last));
+                out.u64(probe.checksum);
+                out.0.extend(&probe.piece);
+            }
+            Self::Probed(probed) => {
+                out.u32(probed.number);
+                [probed.load, probed.resume, probed.late].into_iter().for_each(|time| out.u64(duration_out(time)));
+            }
         }
         out.0
     }
@@ -524,6 +562,18 @@ impl Message {
                 stopped: Duration::from_nanos(input.u64()?),
                 dirty_bytes: input.u64()?,
                 waits: flag(input.u8()?)?,
+            }),
+            FrameType::Probe => Self::Probe(Probe {
+                number: input.u32()?,
+                last: flag(input.u8()?)?,
+                checksum: input.u64()?,
+                piece: input.rest().to_vec(),
+            }),
+            FrameType::Probed => Self::Probed(Probed {
+                number: input.u32()?,
+                load: Duration::from_nanos(input.u64()?),
+                resume: Duration::from_nanos(input.u64()?),
+                late: Duration::from_nanos(input.u64()?),
             }),
             FrameType::Query => Self::Query { epoch: input.u64()? },
             FrameType::Heartbeat => Self::Heartbeat(Heartbeat { received: input.u64()?, unread: input.u64()? }),

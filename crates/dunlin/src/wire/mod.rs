@@ -20,8 +20,8 @@ pub(crate) use frame::{
 };
 pub(crate) use hello::{HELLO_BYTES, Hello, HelloReply, REPLY_BYTES, Role, SessionId, check_beginning};
 pub(crate) use message::{
-    Abort, AbortReason, Done, Feature, HEARTBEAT_BYTES, Heartbeat, Mark, MarkAck, Message, Offer, Ready, Release,
-    RoundDone, Running, Section, Start, Stopped, Throttled,
+    Abort, AbortReason, Done, Feature, HEARTBEAT_BYTES, Heartbeat, Mark, MarkAck, Message, Offer, Probe, Probed, Ready,
+    Release, RoundDone, Running, Section, Start, Stopped, Throttled,
 };
 pub(crate) use pages::{ENTRY_BYTES, MAX_ENTRIES, MAX_PAGES_BYTES, PageRun, decode_runs, encode_run};
 

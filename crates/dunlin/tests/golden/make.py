@@ -101,6 +101,8 @@ CASES = {
     "query": frame(13, 12, struct.pack("<Q", 3)),
     "heartbeat": frame(14, 13, struct.pack("<QQ", 1 << 40, 3)),
     "stopped": frame(15, 14, struct.pack("<QQB", 8, 4096, 1)),
+    "probe": frame(16, 15, struct.pack("<IBQ", 3, 1, 7) + b"any"),
+    "probed": frame(17, 16, struct.pack("<IQQQ", 3, 1000, 2000, 3000)),
     "pages": frame(32, 1 << 40, page, entry(1 << 21, 8192, 0, 0, 0) + entry(4096, 4096, 4096, 1, 1), page),
     "pages-delta": frame(32, 5, change(3, b"\x07") + change(296, b"\x08\x09"), entry(0, 4096, 8, 0, 2), changed),
 }

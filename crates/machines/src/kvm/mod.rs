@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use dunlin::memory::{DirtyBitmap, DirtyTracker, Ram, RamBlock};
-use dunlin::{Claim, Machine, MachineError, StartPermit, StateSection};
+use dunlin::{Claim, Machine, MachineError, StartPermit, StateSection, SwitchoverCost};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
@@ -601,6 +601,18 @@ impl Machine for KvmMachine {
             self.renew(&mut hypervisor)?;
         }
         Ok(())
+    }
+
+    fn switchover_cost(&self) -> SwitchoverCost {
+        let ms = Duration::from_millis;
+        let vcpus = self.count;
+        SwitchoverCost {
+            pause: ms(5),
+            save: ms(2).saturating_add(ms(1).saturating_mul(vcpus)),
+            load: ms(2).saturating_add(ms(2).saturating_mul(vcpus)),
+            resume: ms(2),
+            state_bytes: (64 << 10) + (32 << 10) * u64::from(vcpus),
+        }
     }
 
     fn pause(&self) -> Result<(), MachineError> {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use dunlin::memory::{DirtyTracker, Ram};
 use dunlin::{
     Destination, Guest, Machine, MachineError, Parameters, Report, Source, StartPermit, StateSection, Status,
+    SwitchoverCost,
 };
 
 use super::x86::features::Word;
@@ -39,6 +40,10 @@ impl Machine for Pretends {
 
     fn accept_profile(&self, profile: &[u8]) -> Result<(), MachineError> {
         self.machine.accept_profile(profile)
+    }
+
+    fn switchover_cost(&self) -> SwitchoverCost {
+        self.machine.switchover_cost()
     }
 
     fn pause(&self) -> Result<(), MachineError> {

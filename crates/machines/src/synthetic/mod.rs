@@ -15,9 +15,10 @@ mod verify;
 mod workload;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use dunlin::memory::{DirtyTracker, MemoryError, Ram, RamBlock, WriteProtectTracker};
-use dunlin::{Machine, MachineError, StartPermit, StateSection};
+use dunlin::{Machine, MachineError, StartPermit, StateSection, SwitchoverCost};
 
 pub use crate::sections::StateError;
 pub use backing::{Backing, BackingError};
@@ -36,6 +37,10 @@ pub(crate) const PAGE_BYTES: usize = 4096;
 const MIN_MEMORY_BYTES: u64 = 1 << 20;
 /// The most vCPUs.
 const MAX_VCPUS: u32 = 64;
+/// The longest pause, save, load or resume: a vCPU is in the middle of a step.
+const STEP: Duration = Duration::from_millis(5);
+/// The most device state: the device's log and the vCPUs' steps.
+const STATE_BYTES: u64 = 68 << 10;
 
 /// What a synthetic machine is made of.
 #[derive(Debug, Clone)]
@@ -228,6 +233,10 @@ impl Machine for SyntheticMachine {
 
     fn accept_profile(&self, profile: &[u8]) -> Result<(), MachineError> {
         Ok(state::accept_profile(profile, self.vcpus.count())?)
+    }
+
+    fn switchover_cost(&self) -> SwitchoverCost {
+        SwitchoverCost { pause: STEP, save: STEP, load: STEP, resume: STEP, state_bytes: STATE_BYTES }
     }
 
     fn pause(&self) -> Result<(), MachineError> {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use dunlin::machine::{Machine, MachineError, StateSection};
 use dunlin::memory::{DirtyTracker, Ram};
-use dunlin::{Guest, StartPermit};
+use dunlin::{Guest, StartPermit, SwitchoverCost};
 use dunlin_monitor::{Server, Vm};
 use serde_json::{Value, json};
 
@@ -28,6 +28,9 @@ impl Machine for Tiny {
     }
     fn accept_profile(&self, _: &[u8]) -> Result<(), MachineError> {
         Ok(())
+    }
+    fn switchover_cost(&self) -> SwitchoverCost {
+        SwitchoverCost::default()
     }
     fn pause(&self) -> Result<(), MachineError> {
         Ok(())

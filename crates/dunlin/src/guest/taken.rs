@@ -1,0 +1,110 @@
+//! How long starts and stops of this machine have taken.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::error::MachineStep;
+use crate::machine::SwitchoverCost;
+
+/// Calls of each kind that are remembered,
+const REMEMBERED: usize = 4;
+/// and for how long: one that took far too long must not keep a guest from being moved for ever.
+const FRESH: Duration = Duration::from_secs(300);
+
+/// The latest calls of each step that a switchover is made of.
+#[derive(Debug, Default)]
+pub(crate) struct Taken {
+    pause: VecDeque<(Instant, Duration)>,
+    save: VecDeque<(Instant, Duration)>,
+    load: VecDeque<(Instant, Duration)>,
+    resume: VecDeque<(Instant, Duration)>,
+    claim: VecDeque<(Instant, Duration)>,
+    state_bytes: VecDeque<(Instant, u64)>,
+}
+
+/// Puts in what is new, in the place of the oldest if there are enough.
+fn push<T>(recent: &mut VecDeque<(Instant, T)>, now: Instant, value: T) {
+    if recent.len() >= REMEMBERED {
+        recent.pop_front();
+    }
+    recent.push_back((now, value));
+}
+
+/// The most of late.
+fn most<T: Ord + Copy>(recent: &VecDeque<(Instant, T)>, now: Instant) -> Option<T> {
+    let fresh = recent.iter().filter(|(at, _)| now.saturating_duration_since(*at) <= FRESH);
+    fresh.map(|(_, value)| *value).max()
+}
+
+impl Taken {
+    /// A call that succeeded has taken `duration` and ended at `now`.
+    pub(super) fn note(&mut self, step: MachineStep, now: Instant, duration: Duration) {
+        let recent = match step {
+            MachineStep::Pause => &mut self.pause,
+            MachineStep::Save => &mut self.save,
+            MachineStep::Load => &mut self.load,
+            MachineStep::Resume => &mut self.resume,
+            MachineStep::Claim => &mut self.claim,
+            _ => return,
+        };
+        push(recent, now, duration);
+    }
+
+    /// So much device state was saved or loaded.
+    pub(super) fn note_state(&mut self, now: Instant, bytes: u64) {
+        push(&mut self.state_bytes, now, bytes);
+    }
+
+    /// What a switchover will cost this machine: as it did lately, and as `declared` where that is not known.
+    pub(super) fn expect(&self, declared: SwitchoverCost, now: Instant) -> Expected {
+        let of = |recent, declared| most(recent, now).unwrap_or(declared);
+        Expected {
+            pause: of(&self.pause, declared.pause),
+            save: of(&self.save, declared.save),
+            load: of(&self.load, declared.load),
+            resume: of(&self.resume, declared.resume),
+            claim: of(&self.claim, Duration::ZERO),
+            state_bytes: most(&self.state_bytes, now).unwrap_or(declared.state_bytes),
+        }
+    }
+}
+
+/// What a switchover is expected to cost one side's machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Expected {
+    pub(crate) pause: Duration,
+    pub(crate) save: Duration,
+    pub(crate) load: Duration,
+    pub(crate) resume: Duration,
+    /// Taking or giving up what only one machine may use.
+    pub(crate) claim: Duration,
+    pub(crate) state_bytes: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_it_took_counts_more_than_what_was_said() {
+        let (now, ms) = (Instant::now(), Duration::from_millis);
+        let declared = SwitchoverCost { pause: ms(1), save: ms(2), load: ms(3), resume: ms(4), state_bytes: 5 };
+        let mut taken = Taken::default();
+        let expected = taken.expect(declared, now);
+        assert_eq!((expected.pause, expected.load, expected.claim, expected.state_bytes), (ms(1), ms(3), ms(0), 5));
+        for (step, millis) in
+            [(MachineStep::Pause, 30), (MachineStep::Pause, 20), (MachineStep::Claim, 7), (MachineStep::Profile, 99)]
+        {
+            taken.note(step, now, ms(millis));
+        }
+        taken.note_state(now, 1000);
+        let expected = taken.expect(declared, now);
+        assert_eq!((expected.pause, expected.save, expected.claim), (ms(30), ms(2), ms(7)), "the longest of each");
+        assert_eq!(expected.state_bytes, 1000);
+        assert_eq!(taken.expect(declared, now + FRESH + ms(1)).pause, ms(1), "for as long as it is fresh");
+        for _ in 0..REMEMBERED {
+            taken.note(MachineStep::Pause, now, ms(10));
+        }
+        assert_eq!(taken.expect(declared, now).pause, ms(10), "and of the latest");
+    }
+}

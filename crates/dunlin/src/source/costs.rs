@@ -1,0 +1,200 @@
+//! What a switchover costs besides RAM: the parts of it, and what is measured of them while the guest runs.
+//!
+//! The machines' own parts are as they say, or as they lately were. The way there and back, and what the destination needs to
+//! take device state, are measured by probes: messages of the same size that are checked as device state is and dropped.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::guest::Expected;
+use crate::units::format_size;
+use crate::wire::Probed;
+
+/// The longest probe. More state is reckoned from one of this size.
+const MAX_PROBE_BYTES: u64 = 16 << 20;
+/// Probes that are remembered; the slowest counts.
+const REMEMBERED: usize = 8;
+/// Probes take at most one part in so many of the time.
+const PART: u32 = 20;
+
+/// What a probe has shown.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Measured {
+    /// One without bytes: there and back.
+    pub(super) round_trip: Duration,
+    /// One with bytes, until it was answered.
+    pub(super) took: Duration,
+    pub(super) bytes: u64,
+    /// The bandwidth limit under which it went; 0 for none.
+    pub(super) rate: u64,
+}
+
+impl Measured {
+    /// How long `bytes` will take under a limit of `rate`, there and back included.
+    fn scaled(&self, bytes: u64, rate: u64) -> Duration {
+        let paced = |bytes: u64, rate: u64| match rate {
+            0 => 0.0,
+            rate => bytes as f64 / rate as f64,
+        };
+        // What the bytes took besides the limit grows with them; what the message took does not.
+        let besides = self.took.saturating_sub(self.round_trip).as_secs_f64() - paced(self.bytes, self.rate);
+        let grown = besides.max(0.0) * (bytes as f64 / self.bytes.max(1) as f64).max(1.0);
+        let seconds = grown.max(paced(bytes, rate));
+        self.round_trip.saturating_add(Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX))
+    }
+}
+
+/// The probes of a migration.
+#[derive(Debug, Default)]
+pub(super) struct Probes {
+    recent: VecDeque<Measured>,
+    /// When the latest ended, and how long it took in all.
+    latest: Option<(Instant, Duration)>,
+    number: u32,
+    /// What the destination said with its last answer.
+    there: Option<Probed>,
+}
+
+impl Probes {
+    /// Whether it is time for another: they must not take what is to be measured.
+    pub(super) fn are_due(&self, now: Instant) -> bool {
+        self.latest.is_none_or(|(at, took)| now.saturating_duration_since(at) >= took.saturating_mul(PART))
+    }
+
+    /// The number of the next message to be answered.
+    pub(super) fn next_number(&mut self) -> u32 {
+        self.number = self.number.wrapping_add(1);
+        self.number
+    }
+
+    /// Bytes to measure `state_bytes` with.
+    pub(super) fn size(state_bytes: u64) -> u64 {
+        state_bytes.min(MAX_PROBE_BYTES)
+    }
+
+    /// A probe is over that began at `began`.
+    pub(super) fn note(&mut self, began: Instant, now: Instant, measured: Measured, there: Probed) {
+        if self.recent.len() >= REMEMBERED {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(measured);
+        self.latest = Some((now, now.saturating_duration_since(began)));
+        self.there = Some(there);
+    }
+
+    /// What a switchover will cost besides RAM, of which this side's machine is `here`, looking for what is dirty takes
+    /// `look`, and the limit is `rate` when the guest is stopped.
+    pub(super) fn fixed(&self, here: &Expected, look: Duration, rate: u64) -> Fixed {
+        let state = self.recent.iter().map(|probe| probe.scaled(here.state_bytes, rate)).max().unwrap_or_default();
+        let round_trip = self.recent.iter().map(|probe| probe.round_trip).max().unwrap_or_default();
+        let there =
+            self.there.unwrap_or(Probed { number: 0, load: here.load, resume: here.resume, late: Duration::ZERO });
+        Fixed {
+            pause: here.pause,
+            look,
+            save: here.save,
+            state_bytes: here.state_bytes,
+            state,
+            load: there.load,
+            release: round_trip.saturating_add(here.claim),
+            resume: there.resume,
+            late: there.late,
+        }
+    }
+}
+
+/// What a switchover costs besides RAM, part by part.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Fixed {
+    pub(super) pause: Duration,
+    /// For the last dirty pages.
+    pub(super) look: Duration,
+    pub(super) save: Duration,
+    pub(super) state_bytes: u64,
+    /// Device state on its way, and the answer to it.
+    pub(super) state: Duration,
+    pub(super) load: Duration,
+    /// Giving the guest away, and the answer to that.
+    pub(super) release: Duration,
+    pub(super) resume: Duration,
+    /// The destination is short of processors.
+    pub(super) late: Duration,
+}
+
+impl Fixed {
+    fn parts(&self) -> [(Duration, String); 8] {
+        let said = |text: &str| text.to_owned();
+        [
+            (self.pause, said("to pause it here")),
+            (self.look, said("to look for the last dirty pages")),
+            (self.save, said("to save the device state here")),
+            (self.state, format!("for {} of device state on the way", format_size(self.state_bytes))),
+            (self.load, said("to load the device state there")),
+            (self.release, said("to hand it over, there and back")),
+            (self.resume, said("to start it there")),
+            (self.late, said("until the destination, which is short of processor time, gets to it")),
+        ]
+    }
+
+    /// All of it.
+    pub(super) fn total(&self) -> Duration {
+        self.parts().iter().fold(Duration::ZERO, |sum, (part, _)| sum.saturating_add(*part))
+    }
+
+    /// The longest part, in words.
+    pub(super) fn longest(&self) -> String {
+        let longest = self.parts().into_iter().max_by_key(|(part, _)| *part);
+        longest.map(|(part, what)| format!("{:.0} ms {what}", part.as_secs_f64() * 1e3)).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn ms(millis: u64) -> Duration {
+        Duration::from_millis(millis)
+    }
+
+    #[test]
+    fn the_limit_when_stopped_counts_and_not_that_of_the_probe() {
+        let unlimited = Measured { round_trip: ms(2), took: ms(12), bytes: 10 * MIB, rate: 0 };
+        assert_eq!(unlimited.scaled(10 * MIB, 0), ms(12));
+        assert_eq!(unlimited.scaled(20 * MIB, 0), ms(22), "more bytes take more");
+        assert_eq!(unlimited.scaled(MIB, 0), ms(12), "fewer are taken to take as much");
+        assert_eq!(unlimited.scaled(20 * MIB, 10 * MIB), ms(2002));
+        let limited = Measured { round_trip: ms(2), took: ms(1002), bytes: 10 * MIB, rate: 10 * MIB };
+        assert_eq!(limited.scaled(10 * MIB, 10 * MIB), ms(1002));
+        assert_eq!(limited.scaled(10 * MIB, 100 * MIB), ms(102));
+        let slower_than_that = Measured { took: ms(3002), ..limited };
+        assert_eq!(slower_than_that.scaled(10 * MIB, 10 * MIB), ms(2002), "the link carries 5 MiB/s beside the limit");
+    }
+
+    #[test]
+    fn the_slowest_probe_counts_and_the_longest_part_is_named() {
+        let began = Instant::now();
+        let mut probes = Probes::default();
+        let there = Probed { number: 1, load: ms(5), resume: ms(6), late: ms(7) };
+        let here = Expected { pause: ms(1), save: ms(2), load: ms(90), resume: ms(90), claim: ms(3), state_bytes: 100 };
+        for took in [4, 40, 4] {
+            let measured = Measured { round_trip: ms(took / 4), took: ms(took), bytes: 100, rate: 0 };
+            probes.note(began, began + ms(took), measured, there);
+        }
+        let fixed = probes.fixed(&here, ms(4), 0);
+        assert_eq!(fixed.total(), ms(1 + 4 + 2 + 40 + 5 + 10 + 3 + 6 + 7));
+        assert_eq!(fixed.longest(), "40 ms for 100 B of device state on the way");
+    }
+
+    #[test]
+    fn probes_take_a_twentieth_of_the_time() {
+        let began = Instant::now();
+        let mut probes = Probes::default();
+        assert!(probes.are_due(began));
+        let there = Probed { number: 1, load: ms(0), resume: ms(0), late: ms(0) };
+        probes.note(began, began + ms(10), Measured { round_trip: ms(1), took: ms(9), bytes: 1, rate: 0 }, there);
+        assert!(!probes.are_due(began + ms(209)));
+        assert!(probes.are_due(began + ms(210)));
+    }
+}
