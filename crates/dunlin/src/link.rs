@@ -22,6 +22,7 @@ use crate::wire::{
 
 mod greeting;
 mod lateness;
+mod quota;
 mod watch;
 
 pub(crate) use greeting::{answer_hello, say_hello};

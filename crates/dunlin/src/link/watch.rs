@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::lateness::Lateness;
+use super::quota;
 use super::{ChannelCounters, SharedSender, lock, spawn};
 use crate::channel::Connection;
 use crate::error::Cause;
@@ -493,9 +494,9 @@ impl Watch {
         }
     }
 
-    /// How late this side has lately been to run when it was to, at most.
+    /// How late this side may be to run when it is to: as late as it has lately been, or as its part of a processor makes it.
     pub(crate) fn lateness(&self) -> Duration {
-        lock(&self.shared.lateness).longest(Instant::now())
+        lock(&self.shared.lateness).longest(Instant::now()).max(quota::longest_standstill())
     }
 
     /// How long the connection for messages was silent before it was given up for that, if it was.

@@ -131,7 +131,7 @@ pub(crate) struct Probed {
     pub(crate) load: Duration,
     /// and starting the guest.
     pub(crate) resume: Duration,
-    /// How late this side has lately been to run when it was to: the longest.
+    /// How late this side may be to run when it is to.
     pub(crate) late: Duration,
 }
 

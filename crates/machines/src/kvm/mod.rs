@@ -607,10 +607,10 @@ impl Machine for KvmMachine {
         let ms = Duration::from_millis;
         let vcpus = self.count;
         SwitchoverCost {
-            pause: ms(5),
-            save: ms(2).saturating_add(ms(1).saturating_mul(vcpus)),
-            load: ms(2).saturating_add(ms(2).saturating_mul(vcpus)),
-            resume: ms(2),
+            pause: ms(2),
+            save: ms(1).saturating_add(ms(1).saturating_mul(vcpus)),
+            load: ms(1).saturating_add(ms(1).saturating_mul(vcpus)),
+            resume: ms(1),
             state_bytes: (64 << 10) + (32 << 10) * u64::from(vcpus),
         }
     }
