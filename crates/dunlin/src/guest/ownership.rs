@@ -19,7 +19,7 @@ use crate::handover::{
 };
 use crate::link::{CpuTime, lock};
 use crate::machine::Claim;
-use crate::sync::{Fault, MutexGuard, now, seeded};
+use crate::sync::{Fault, MutexGuard, now, seeded, sleep};
 use crate::wire::SessionId;
 
 /// How long an operator's start or stop may take, and how long it waits for another.
@@ -1017,7 +1017,13 @@ impl Guest {
             (Some(id), _) => {
                 let before = seeded(Fault::DecisionUnlocked);
                 if before {
-                    self.state().leaving(id).map_err(|_| GuestError::InHandover)?.may_decide(rule)?;
+                    let after = {
+                        let mut state = self.state();
+                        let leaving = state.leaving(id).map_err(|_| GuestError::InHandover)?;
+                        leaving.may_decide(rule)?;
+                        leaving.link_timeout
+                    };
+                    sleep(after);
                 }
                 let allowed = |leaving: &Leaving| if before { Ok(()) } else { leaving.may_decide(rule) };
                 let (event, heard) = (SourceEvent::TakeBack, Heard::default());

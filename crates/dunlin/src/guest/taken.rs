@@ -8,8 +8,11 @@ use crate::machine::SwitchoverCost;
 
 /// Calls of each kind that are remembered,
 const REMEMBERED: usize = 4;
-/// and for how long: one that took far too long must not keep a guest from being moved for ever.
-const FRESH: Duration = Duration::from_secs(300);
+/// and for how long.
+const KNOWN: Duration = Duration::from_secs(300);
+/// For how long a single one is believed that took longer than was said: a host that stood still for a while must not keep
+/// its guests from being moved.
+const FRESH: Duration = Duration::from_secs(10);
 
 /// The latest calls of each step that a switchover is made of.
 #[derive(Debug, Default)]
@@ -30,10 +33,19 @@ fn push<T>(recent: &mut VecDeque<(Instant, T)>, now: Instant, value: T) {
     recent.push_back((now, value));
 }
 
-/// The most of late.
-fn most<T: Ord + Copy>(recent: &VecDeque<(Instant, T)>, now: Instant) -> Option<T> {
-    let fresh = recent.iter().filter(|(at, _)| now.saturating_duration_since(*at) <= FRESH);
-    fresh.map(|(_, value)| *value).max()
+/// What is to be expected: the most of just now; of longer ago the most but one, as one may have been an accident; and where
+/// there is only that one, no more than was `declared`.
+fn expected<T: Ord + Copy>(recent: &VecDeque<(Instant, T)>, declared: T, now: Instant) -> T {
+    let within = |age| recent.iter().filter(move |(at, _)| now.saturating_duration_since(*at) <= age);
+    let fresh = within(FRESH).map(|(_, value)| *value).max();
+    let mut known: Vec<T> = within(KNOWN).map(|(_, value)| *value).collect();
+    known.sort_unstable();
+    let known = match known.as_slice() {
+        [] => declared,
+        [one] => declared.min(*one),
+        [.., but_one, _] => *but_one,
+    };
+    fresh.map_or(known, |fresh| fresh.max(known))
 }
 
 impl Taken {
@@ -57,14 +69,14 @@ impl Taken {
 
     /// What a switchover will cost this machine: as it did lately, and as `declared` where that is not known.
     pub(super) fn expect(&self, declared: SwitchoverCost, now: Instant) -> Expected {
-        let of = |recent, declared| most(recent, now).unwrap_or(declared);
+        let of = |recent, declared| expected(recent, declared, now);
         Expected {
             pause: of(&self.pause, declared.pause),
             save: of(&self.save, declared.save),
             load: of(&self.load, declared.load),
             resume: of(&self.resume, declared.resume),
             claim: of(&self.claim, Duration::ZERO),
-            state_bytes: most(&self.state_bytes, now).unwrap_or(declared.state_bytes),
+            state_bytes: expected(&self.state_bytes, declared.state_bytes, now),
         }
     }
 }
@@ -101,7 +113,10 @@ mod tests {
         let expected = taken.expect(declared, now);
         assert_eq!((expected.pause, expected.save, expected.claim), (ms(30), ms(2), ms(7)), "the longest of each");
         assert_eq!(expected.state_bytes, 1000);
-        assert_eq!(taken.expect(declared, now + FRESH + ms(1)).pause, ms(1), "for as long as it is fresh");
+        let later = now + FRESH + ms(1);
+        assert_eq!(taken.expect(declared, later).pause, ms(20), "later what is confirmed");
+        assert_eq!(taken.expect(declared, later).claim, ms(0), "and nothing that was seen once");
+        assert_eq!(taken.expect(declared, now + KNOWN + ms(1)).pause, ms(1), "until it is forgotten");
         for _ in 0..REMEMBERED {
             taken.note(MachineStep::Pause, now, ms(10));
         }

@@ -64,6 +64,7 @@ pub(super) fn migrate(world: &Arc<World>) {
             return;
         };
         note_downtime(&shared);
+        world.tells.store(true, Ordering::Release);
         drop(spawn_on(A, "source tells", move || tell(&world, &shared, world.handover_timeout, None)));
     });
     let ground =

@@ -12,9 +12,11 @@ use crate::wire::Probed;
 
 /// The longest probe. More state is reckoned from one of this size.
 const MAX_PROBE_BYTES: u64 = 16 << 20;
-/// Probes that are remembered; the slowest counts.
+/// Of so many latest probes, if they are no older than that, the slowest counts.
 const REMEMBERED: usize = 8;
-/// Probes take at most one part in so many of the time.
+const FRESH: Duration = Duration::from_secs(5);
+/// Probes take at most one part in so many of the time, as long as they follow each other in time: one that took long because
+/// somebody stood still must not be the last for long.
 const PART: u32 = 20;
 
 /// What a probe has shown.
@@ -47,7 +49,7 @@ impl Measured {
 /// The probes of a migration.
 #[derive(Debug, Default)]
 pub(super) struct Probes {
-    recent: VecDeque<Measured>,
+    recent: VecDeque<(Instant, Measured)>,
     /// When the latest ended, and how long it took in all.
     latest: Option<(Instant, Duration)>,
     number: u32,
@@ -58,7 +60,7 @@ pub(super) struct Probes {
 impl Probes {
     /// Whether it is time for another: they must not take what is to be measured.
     pub(super) fn are_due(&self, now: Instant) -> bool {
-        self.latest.is_none_or(|(at, took)| now.saturating_duration_since(at) >= took.saturating_mul(PART))
+        self.latest.is_none_or(|(at, took)| now.saturating_duration_since(at) >= took.saturating_mul(PART).min(FRESH))
     }
 
     /// The number of the next message to be answered.
@@ -74,10 +76,11 @@ impl Probes {
 
     /// A probe is over that began at `began`.
     pub(super) fn note(&mut self, began: Instant, now: Instant, measured: Measured, there: Probed) {
+        self.recent.retain(|(at, _)| now.saturating_duration_since(*at) < FRESH);
         if self.recent.len() >= REMEMBERED {
             self.recent.pop_front();
         }
-        self.recent.push_back(measured);
+        self.recent.push_back((now, measured));
         self.latest = Some((now, now.saturating_duration_since(began)));
         self.there = Some(there);
     }
@@ -85,8 +88,8 @@ impl Probes {
     /// What a switchover will cost besides RAM, of which this side's machine is `here`, looking for what is dirty takes
     /// `look`, and the limit is `rate` when the guest is stopped.
     pub(super) fn fixed(&self, here: &Expected, look: Duration, rate: u64) -> Fixed {
-        let state = self.recent.iter().map(|probe| probe.scaled(here.state_bytes, rate)).max().unwrap_or_default();
-        let round_trip = self.recent.iter().map(|probe| probe.round_trip).max().unwrap_or_default();
+        let state = self.recent.iter().map(|(_, probe)| probe.scaled(here.state_bytes, rate)).max().unwrap_or_default();
+        let round_trip = self.recent.iter().map(|(_, probe)| probe.round_trip).max().unwrap_or_default();
         let there =
             self.there.unwrap_or(Probed { number: 0, load: here.load, resume: here.resume, late: Duration::ZERO });
         Fixed {
@@ -196,5 +199,12 @@ mod tests {
         probes.note(began, began + ms(10), Measured { round_trip: ms(1), took: ms(9), bytes: 1, rate: 0 }, there);
         assert!(!probes.are_due(began + ms(209)));
         assert!(probes.are_due(began + ms(210)));
+        let slow = Measured { round_trip: ms(3000), took: ms(3000), bytes: 1, rate: 0 };
+        probes.note(began, began + ms(6000), slow, there);
+        assert!(probes.are_due(began + ms(11_000)), "but are not given up after one that took long");
+        let here = Expected { pause: ms(0), save: ms(0), load: ms(0), resume: ms(0), claim: ms(0), state_bytes: 1 };
+        let usual = Measured { round_trip: ms(1), took: ms(1), bytes: 1, rate: 0 };
+        probes.note(began + ms(11_000), began + ms(11_000), usual, there);
+        assert_eq!(probes.fixed(&here, ms(0), 0).total(), ms(2), "which is forgotten");
     }
 }

@@ -551,8 +551,13 @@ pub(crate) fn seeded(fault: Fault) -> bool {
 }
 
 pub(crate) fn now() -> Instant {
-    static BASE: OnceLock<Instant> = OnceLock::new();
     point();
+    time()
+}
+
+/// As [`now`], for who may not be interrupted.
+fn time() -> Instant {
+    static BASE: OnceLock<Instant> = OnceLock::new();
     match here() {
         None => Instant::now(),
         Some(Here { simulation, host, .. }) => {
@@ -822,7 +827,9 @@ pub(crate) mod mpsc {
                 if self.0.senders.load(Ordering::Acquire) == 0 {
                     return Err(RecvTimeoutError::Disconnected);
                 }
-                let left = deadline.map(|deadline| deadline.saturating_duration_since(now()));
+                // With the queue locked nobody else may go on: the other end may be another host's, which must not wait for
+                // one that is frozen or dead.
+                let left = deadline.map(|deadline| deadline.saturating_duration_since(time()));
                 if left == Some(Duration::ZERO) {
                     return Err(RecvTimeoutError::Timeout);
                 }
