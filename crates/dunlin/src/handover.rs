@@ -115,6 +115,8 @@ pub enum DestinationEvent {
     StartFailed,
     /// The vCPUs were not started before the Release was too old; not one has run.
     Expired,
+    /// The vCPUs could not be started, not one has run, and nothing was heard of the source meanwhile.
+    Unheard,
     /// Whether a vCPU has run cannot be said; from here on none will.
     StartUnclear,
     /// Heard from the source: the guest stays there.
@@ -219,6 +221,8 @@ pub const DESTINATION_TABLE: &[Row<DestinationState, DestinationEvent, Destinati
         (Starting, On::Started, Running, &[SendRunning]),
         (Starting, On::StartFailed, Aborted, &[SendAborted]),
         (Starting, On::Expired, Ready, &[SendReady]),
+        // This may be the only copy: a source that lives asks, and a person may decide.
+        (Starting, On::Unheard, Ready, &[SendReady]),
         (Starting, On::StartUnclear, Kept, &[SendKept]),
         // The source may be gone for good: what fails to start is not thrown away.
         (TakingOver, On::Started, Running, &[SendRunning]),

@@ -106,9 +106,9 @@ impl World {
                 DestinationAction::RevokeStart => {}
             }
         }
-        use DestinationEvent::{Expired, StartFailed, StartUnclear};
+        use DestinationEvent::{Expired, StartFailed, StartUnclear, Unheard};
         // In the last case a vCPU may have run, and none does any more.
-        if matches!(event, StartFailed | Expired | StartUnclear) {
+        if matches!(event, StartFailed | Expired | Unheard | StartUnclear) {
             self.runs_at_destination = false;
         }
         true
@@ -215,7 +215,9 @@ impl Model for Handover {
         }
         if world.destination_alive {
             use DestinationEvent::*;
-            steps.extend([Started, StartFailed, StartUnclear, Expired, LinkLost, Failed].map(Step::Destination));
+            steps.extend(
+                [Started, StartFailed, StartUnclear, Expired, Unheard, LinkLost, Failed].map(Step::Destination),
+            );
             steps.extend(world.to_destination.iter().map(|m| Step::DeliverToDestination(*m)));
             steps.push(Step::DestinationDies);
         }

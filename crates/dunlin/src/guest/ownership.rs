@@ -967,18 +967,23 @@ impl Guest {
         let plan = StartPlan { permit, claim: Some(Claim::Arrived), run, limit, cpu };
         let (mut state, start) = self.start_vcpus(state, plan);
         let coming = state.coming(id)?;
+        // A source that may be dead must not be given back the only copy.
+        let unheard = coming.contact.silence() >= coming.link_timeout / 2 && coming.state == DestinationState::Starting;
         let (event, error) = match start {
             Start::Done => (DestinationEvent::Started, None),
+            Start::Failed(error) if unheard => (DestinationEvent::Unheard, Some(error)),
             Start::Failed(error) => (DestinationEvent::StartFailed, Some(error)),
             Start::Unclear(error) => (DestinationEvent::StartUnclear, Some(error)),
             Start::Expired => {
                 coming.expired = coming.expired.saturating_add(1);
                 // A machine that never starts in time will not do so the next time.
                 let again = coming.expired == 1 && coming.state == DestinationState::Starting;
-                (
-                    if again { DestinationEvent::Expired } else { DestinationEvent::StartFailed },
-                    Some(GuestError::StartTooLate { lease: heard.lease }),
-                )
+                let event = match (again, unheard) {
+                    (true, _) => DestinationEvent::Expired,
+                    (false, true) => DestinationEvent::Unheard,
+                    (false, false) => DestinationEvent::StartFailed,
+                };
+                (event, Some(GuestError::StartTooLate { lease: heard.lease }))
             }
         };
         if seeded(Fault::PanicForgotten) && matches!(error, Some(GuestError::MachinePanicked { .. })) {

@@ -357,9 +357,11 @@ impl Session {
                     self.world.arrived.store(true, Ordering::Release);
                     self.guest.end_migration();
                 }
-                // Its start has failed, and the source is told so.
+                // Its start has failed, and the source, which may live for all that is known, is told so.
                 DestinationState::Aborted
-                    if came.before == DestinationState::Ready && !seeded(Fault::StrangerEvicts) =>
+                    if came.before == DestinationState::Ready
+                        && !self.world.has_been_dead_for(A, LINK_TIMEOUT)
+                        && !seeded(Fault::StrangerEvicts) =>
                 {
                     self.world.gave_up.store(true, Ordering::Release);
                 }

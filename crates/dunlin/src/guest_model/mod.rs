@@ -38,6 +38,8 @@ struct World {
     vms: OnceLock<[Arc<Vm>; 2]>,
     guests: OnceLock<[Arc<Guest>; 2]>,
     dead: [AtomicBool; 3],
+    /// When, on the clock that never stands still.
+    died: std::sync::Mutex<[Option<Duration>; 3]>,
     /// Things may go wrong.
     chaos: AtomicBool,
     /// No connection is made, and those there were are silent.
@@ -209,6 +211,11 @@ impl World {
         self.dead.get(host).is_some_and(|dead| dead.load(Ordering::Acquire))
     }
 
+    fn has_been_dead_for(&self, host: usize, time: Duration) -> bool {
+        let now = crate::sync::boot_time();
+        crate::link::lock(&self.died)[host].is_some_and(|died| now.saturating_sub(died) >= time)
+    }
+
     fn vm(&self, host: usize) -> &Arc<Vm> {
         let vms = self.vms.get().expect("set at the beginning");
         if host == A { &vms[0] } else { &vms[1] }
@@ -270,13 +277,18 @@ impl World {
     }
 
     fn die(&self, host: usize) {
-        if host == A {
+        if self.is_dead(host) {
+            return;
+        }
+        if host == A && !self.is_dead(B) {
             let source = self.guest(A).ownership();
             let gave = matches!(source, Ownership::Undecided | Ownership::Gone);
             let complete = matches!(self.guest(B).ownership(), Ownership::Undecided | Ownership::Here);
             self.only_copy.store(gave && complete, Ordering::Release);
         }
         self.dead[host].store(true, Ordering::Release);
+        let now = crate::sync::boot_time();
+        crate::link::lock(&self.died)[host] = Some(now);
         note(|| format!("host {host} dies"));
         control::kill(host);
         self.cut(random(|random| random.one_in(2)));
@@ -348,6 +360,7 @@ fn schedule() {
         vms: OnceLock::new(),
         guests: OnceLock::new(),
         dead: Default::default(),
+        died: Default::default(),
         chaos: AtomicBool::new(true),
         parted: AtomicBool::new(false),
         links: Default::default(),
@@ -519,7 +532,9 @@ fn decide(world: &Arc<World>, host: usize, careless: bool) {
 fn check_end(world: &Arc<World>, source: JoinHandle<()>) {
     let place = |host| if world.is_dead(host) { None } else { Some(world.guest(host).ownership()) };
     let show = || format!("{:?} and {:?}", place(A), place(B));
-    note(|| format!("it ends as {:?} and {:?}", world.guest(A), world.guest(B)));
+    // What a dead host had locked stays locked.
+    let guest = |host| (!world.is_dead(host)).then(|| world.guest(host));
+    note(|| format!("it ends as {:?} and {:?}", guest(A), guest(B)));
     if !world.is_dead(A) && !source.is_finished() {
         fail(format!("the source does not come to an end: {}", show()));
     }

@@ -79,7 +79,9 @@ impl Vm {
 
     /// One is, or will be without anybody being asked.
     pub(super) fn may_run(&self) -> bool {
-        self.runs() || lock(&self.wish).permit.as_ref().is_some_and(StartPermit::was_entered)
+        // A broken destination asks nobody.
+        let broken = self.world.upgrade().is_some_and(|world| world.broken);
+        self.runs() || lock(&self.wish).permit.as_ref().is_some_and(|permit| broken || permit.was_entered())
     }
 
     /// The vCPU's thread.
