@@ -13,12 +13,14 @@ pub mod synthetic;
 
 mod device_config;
 mod gate;
+mod host_memory;
 mod payload;
 mod schedule;
 mod sections;
 mod tracking;
 
 pub use device_config::{DeviceConfig, DiskAccess, DiskConfig, DiskFormat, NetConfig, SerialTarget};
+pub use host_memory::{Available, HostMemory, HostMemoryError, Limit, Limiter};
 #[cfg(target_arch = "x86_64")]
 pub use kvm::{
     BootError, CpuModel, CpuModelError, Ended, Kernel, KvmConfig, KvmError, KvmGuest, KvmMachine, KvmReport,

@@ -9,6 +9,7 @@ use dunlin::units::{parse_rate, parse_size};
 use serde::{Deserialize, Serialize};
 
 use crate::schedule::pace;
+use crate::{Backing, Fill};
 
 /// A bare-metal guest: what its vCPUs do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,6 +67,20 @@ impl MemoryJob {
             Self::Uneven { rate_bytes_per_second, .. } if vcpu == 0 => rate_bytes_per_second.map(|rate| pace(rate, 1)),
             Self::Uneven { others_bytes_per_second, .. } => Some(pace(others_bytes_per_second, 1)),
         }
+    }
+}
+
+impl Payload {
+    /// How much memory of the host RAM of `memory_bytes` on pages of `backing` takes in the end: for the first MiB, for what
+    /// `fill` put above it, and for what the vCPUs write.
+    pub fn filled_bytes(&self, memory_bytes: u64, fill: &Fill, backing: Backing) -> u64 {
+        const LOW: u64 = 1 << 20;
+        let (unit, above) = (backing.taken_at_once(), memory_bytes.saturating_sub(LOW));
+        let written = self.memory.as_ref().and_then(MemoryJob::region).map_or(0, |(bytes, stride)| {
+            let stride = stride.max(4096);
+            (bytes / stride).saturating_mul(stride.min(unit)).min(above)
+        });
+        LOW.saturating_add(written).saturating_add(fill.filled_bytes(above.saturating_sub(written), backing))
     }
 }
 
@@ -194,6 +209,29 @@ impl fmt::Display for MemoryJob {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What is both filled and written counts once.
+    #[test]
+    fn what_takes_memory_in_the_end() {
+        let (empty, full): (Fill, Fill) = ("zero:100".parse().unwrap(), "text:100".parse().unwrap());
+        for (text, fill, mib) in [
+            ("counter", &empty, 1),
+            ("io+timer", &full, 64),
+            ("dirty:working-set=16M", &empty, 17),
+            ("dirty:working-set=16M,stride=16K", &empty, 5),
+            ("dirty:working-set=16M", &full, 64),
+            ("dirty:working-set=1G", &empty, 64),
+        ] {
+            assert_eq!(
+                text.parse::<Payload>().unwrap().filled_bytes(64 << 20, fill, Backing::Base),
+                mib << 20,
+                "{text}, {fill}"
+            );
+        }
+        let strided: Payload = "dirty:working-set=16M,stride=4M".parse().unwrap();
+        assert_eq!(strided.filled_bytes(64 << 20, &empty, Backing::Base), (1 << 20) + 4 * 4096);
+        assert_eq!(strided.filled_bytes(64 << 20, &empty, Backing::Transparent), 9 << 20);
+    }
 
     #[test]
     fn what_is_printed_can_be_typed() {

@@ -40,6 +40,14 @@ impl Backing {
         }
     }
 
+    /// Bytes of the host's memory that are taken when one byte of RAM is written.
+    pub(crate) fn taken_at_once(self) -> u64 {
+        match self {
+            Self::Transparent => 2 << 20,
+            Self::Base | Self::Huge2M | Self::Huge1G => self.page_bytes(),
+        }
+    }
+
     /// A new mapping of `size` bytes of it, all zeros.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::content::{self, Page};
 use super::program::mix;
-use super::{PAGE_BYTES, SyntheticError, system};
+use super::{Backing, PAGE_BYTES, SyntheticError, system};
 
 /// Pages that are of the same kind together, as memory in real machines is.
 const GROUP_PAGES: u64 = 16;
@@ -95,6 +95,15 @@ impl Fill {
         }
     }
 
+    /// How much memory of the host `bytes` of RAM take at the start, on pages of `backing`: a page with anything but zeros in
+    /// it. An estimate, since chance decides what each 64 KiB hold: on huge pages, most of which have something, it is nearly
+    /// all of RAM.
+    pub fn filled_bytes(&self, bytes: u64, backing: Backing) -> u64 {
+        let groups = backing.taken_at_once() / (GROUP_PAGES * PAGE_BYTES as u64);
+        let empty = (f64::from(self.zero) / 100.0).powi(i32::try_from(groups.max(1)).unwrap_or(i32::MAX));
+        bytes.saturating_sub((bytes as f64 * empty) as u64)
+    }
+
     /// What page number `number` holds at the start.
     pub(crate) fn page(&self, seed: u64, number: u64, page: &mut Page) {
         let key = mix(seed ^ mix(number) ^ 0xF111);
@@ -178,6 +187,28 @@ mod tests {
             let error = text.parse::<Fill>().unwrap_err().to_string();
             assert!(error.contains(problem), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn what_takes_memory() {
+        for (text, base, huge) in [
+            ("zero:100", 0, 0),
+            ("zero:0,text:100", 1000, 1000),
+            ("zero:75,random:25", 250, 999),
+            ("zero:99,random:1", 10, 275),
+        ] {
+            let fill: Fill = text.parse().unwrap();
+            let per_mille =
+                |backing| (fill.filled_bytes(1 << 40, backing) as f64 / (1u64 << 40) as f64 * 1000.0) as u64;
+            // By what decides on each 64 KiB.
+            let seen = (0..20_000)
+                .filter(|unit| (0..32).any(|group| fill.kind(3, (unit * 32 + group) * GROUP_PAGES) != Kind::Zero));
+            assert_eq!(per_mille(Backing::Base), base, "{text}");
+            assert_eq!(per_mille(Backing::Transparent), huge, "{text}");
+            assert!((seen.count() as f64 / 20.0 - huge as f64).abs() < 15.0, "{text}");
+        }
+        let full: Fill = "text:100".parse().unwrap();
+        assert_eq!(full.filled_bytes(u64::MAX, Backing::Base), u64::MAX);
     }
 
     #[test]

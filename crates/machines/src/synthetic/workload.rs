@@ -7,6 +7,7 @@ use std::time::Duration;
 use dunlin::units::{parse_rate, parse_size};
 use serde::{Deserialize, Serialize};
 
+use super::{Backing, Fill};
 use crate::schedule::pace;
 
 /// Which page a step writes.
@@ -75,6 +76,14 @@ pub(super) struct Writes {
 }
 
 impl Workload {
+    /// How much memory of the host RAM of `memory_bytes` on pages of `backing` takes in the end: for what `fill` put there, and
+    /// for what the vCPUs write.
+    pub fn filled_bytes(&self, memory_bytes: u64, fill: &Fill, backing: Backing) -> u64 {
+        let written = self.writes().map_or(0, |writes| writes.working_set_bytes.unwrap_or(u64::MAX).min(memory_bytes));
+        let whole = written.checked_next_multiple_of(backing.taken_at_once()).unwrap_or(written).min(memory_bytes);
+        whole.saturating_add(fill.filled_bytes(memory_bytes.saturating_sub(whole), backing))
+    }
+
     /// What is written, if something is.
     pub(super) fn writes(&self) -> Option<Writes> {
         match *self {
@@ -223,6 +232,30 @@ mod tests {
         }
         assert_eq!("idle".parse(), Ok(Workload::Idle));
         assert_eq!("rate=0".parse(), Ok(Workload::Idle));
+    }
+
+    /// What is both filled and written counts once.
+    #[test]
+    fn what_takes_memory_in_the_end() {
+        let (empty, half): (Fill, Fill) = ("zero:100".parse().unwrap(), "zero:50,text:50".parse().unwrap());
+        for (text, fill, mib) in [
+            ("idle", &empty, 0),
+            ("idle", &half, 32),
+            ("working-set=16M", &empty, 16),
+            ("working-set=16M", &half, 40),
+            ("pattern=zipf", &empty, 64),
+            ("working-set=1G,rate=1M/s,others=2M/s", &half, 64),
+        ] {
+            assert_eq!(
+                text.parse::<Workload>().unwrap().filled_bytes(64 << 20, fill, Backing::Base),
+                mib << 20,
+                "{text}, {fill}"
+            );
+        }
+        let little: Workload = "working-set=12K".parse().unwrap();
+        assert_eq!(little.filled_bytes(64 << 20, &empty, Backing::Base), 12 << 10);
+        assert_eq!(little.filled_bytes(64 << 20, &empty, Backing::Transparent), 2 << 20);
+        assert_eq!(little.filled_bytes(1 << 20, &empty, Backing::Transparent), 1 << 20);
     }
 
     #[test]
