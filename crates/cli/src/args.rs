@@ -102,6 +102,9 @@ pub struct Demo {
     /// 2M or 1G from the host's pool of huge pages.
     #[arg(long, value_name = "SIZE", default_value_t = Backing::Base)]
     pub hugepages: Backing,
+    /// Go on even if the two guests will fill more memory, or take more huge pages, than the host and the cgroups have available.
+    #[arg(long)]
+    pub force: bool,
     /// How the two are connected.
     #[arg(long, value_enum, default_value_t = Transport::Tcp)]
     pub transport: Transport,
@@ -202,6 +205,10 @@ pub struct Run {
     /// host's pool of huge pages. The other side's may differ.
     #[arg(long, value_name = "SIZE", default_value_t = Backing::Base)]
     pub hugepages: Backing,
+    /// Go on even if the guest will fill more memory, or take more huge pages, than the host and the cgroups have available;
+    /// with --incoming, if it may. The kernel ends the process when it fills more than there is.
+    #[arg(long)]
+    pub force: bool,
     /// Seed of everything random in the guest.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
@@ -468,6 +475,8 @@ mod tests {
             "run --memory 1.5GiB --vcpus 2 --fill zero:100 --seed 7 --qmp unix:/a",
             "run --memory 2G --incoming tcp:[::1]:0 --qmp /a",
             "run --memory 2G --incoming defer --qmp unix:/a",
+            "run --memory 500G --force --qmp unix:/a",
+            "demo --memory 500G --force",
             "run --memory 2G --qmp unix:/a --qmp tcp:127.0.0.1:4444",
             "status --qmp tcp:127.0.0.1:4444",
             "migrate --qmp unix:/a tcp:localhost:4444 --set downtime-limit=100ms --detach",

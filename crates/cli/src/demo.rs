@@ -16,7 +16,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use dunlin::parameters::Applies;
 use dunlin::units::format_size;
 use dunlin::{Status, Uri};
-use dunlin_machines::Workload;
+use dunlin_machines::{Payload, Workload};
 use dunlin_monitor::{Client, ClientError, uri_of_socket_address};
 use rustix::process::{Pid, Signal};
 use serde::Serialize;
@@ -28,6 +28,7 @@ use crate::commands::{is_verified, summary, verify_machine};
 use crate::connection;
 use crate::following::{self, Ended};
 use crate::interrupts::Interrupts;
+use crate::memory_check::{self, Use};
 use crate::progress::Progress;
 use crate::terminal;
 use dunlin_monitor::text;
@@ -77,6 +78,8 @@ impl fmt::Display for Lines {
 
 pub fn demo(args: &Demo, interrupts: &Interrupts) -> Result<Outcome> {
     let kind = choose(args)?;
+    memory_check::check(memory_use(args, kind)?, args.force)
+        .with_context(|| format!("could not make two machines of {}", format_size(args.memory)))?;
     let directory = tempfile::Builder::new().prefix("dunlin-demo-").tempdir();
     let directory = directory.context("could not make a temporary directory; see TMPDIR")?;
     // Dropped in reverse order: the machines end before their directory goes.
@@ -147,6 +150,32 @@ fn usual_machine(_: &Demo) -> (MachineKind, String) {
     (MachineKind::Synthetic, "machines on KVM are for x86-64 only".to_owned())
 }
 
+/// What the two machines will fill of their RAM.
+fn memory_use(args: &Demo, kind: MachineKind) -> Result<Use> {
+    let filled = match kind {
+        MachineKind::Synthetic => source_workload(args)?.filled_bytes(args.memory, &args.fill, args.hugepages),
+        MachineKind::Kvm => {
+            source_payload(args).parse::<Payload>()?.filled_bytes(args.memory, &args.fill, args.hugepages)
+        }
+    };
+    let twice = |bytes: u64| bytes.saturating_mul(2);
+    Ok(Use {
+        who: "the two guests and their processes",
+        ram_bytes: twice(args.memory),
+        filled_bytes: Some(twice(filled)),
+        backing: args.hugepages,
+        processes: 2,
+    })
+}
+
+fn source_workload(args: &Demo) -> Result<Workload> {
+    args.workload.clone().map_or_else(|| usual_workload(args.memory), Ok)
+}
+
+fn source_payload(args: &Demo) -> String {
+    args.payload.as_ref().map_or_else(|| usual_payload(args.memory), ToString::to_string)
+}
+
 /// A disk, which both processes share, and a file for the serial port, one each.
 fn device_arguments(directory: &Path, side: &str) -> Result<Vec<String>> {
     let disk = directory.join("disk.raw");
@@ -163,6 +192,8 @@ fn common_arguments(args: &Demo, kind: MachineKind, directory: &Path, side: &str
     let (memory, vcpus, hugepages) = (args.memory.to_string(), args.vcpus.to_string(), args.hugepages.to_string());
     let arguments = ["--memory", &memory, "--vcpus", &vcpus, "--hugepages", &hugepages, "--machine", kind.name()];
     let mut arguments = arguments.map(str::to_owned).to_vec();
+    // The two were looked at together.
+    arguments.push("--force".to_owned());
     if kind == MachineKind::Kvm {
         arguments.extend(device_arguments(directory, side)?);
     }
@@ -181,15 +212,11 @@ fn destination_arguments(args: &Demo, kind: MachineKind, directory: &Path) -> Re
 fn source_arguments(args: &Demo, kind: MachineKind, directory: &Path) -> Result<Vec<String>> {
     let mut arguments = common_arguments(args, kind, directory, "source")?;
     let does = match kind {
-        MachineKind::Synthetic => {
-            let workload = args.workload.clone().map_or_else(|| usual_workload(args.memory), Ok)?;
-            ["--workload".to_owned(), workload.to_string()]
-        }
+        MachineKind::Synthetic => ["--workload".to_owned(), source_workload(args)?.to_string()],
         MachineKind::Kvm => {
-            let payload = args.payload.as_ref().map_or_else(|| usual_payload(args.memory), ToString::to_string);
             #[cfg(target_arch = "x86_64")]
             arguments.extend(["--cpu".to_owned(), args.cpu.to_string()]);
-            ["--payload".to_owned(), payload]
+            ["--payload".to_owned(), source_payload(args)]
         }
     };
     arguments.extend(does);

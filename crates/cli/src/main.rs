@@ -15,6 +15,7 @@ mod demo;
 mod following;
 mod headline;
 mod interrupts;
+mod memory_check;
 mod migrate;
 mod monitor;
 mod page;

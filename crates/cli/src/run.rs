@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::Outcome;
 use crate::args::{Incoming, MachineKind, Run};
 use crate::interrupts::Interrupts;
+use crate::memory_check::{self, Use};
 use crate::terminal;
 
 /// How long a migration that is running at the end may take to be cancelled.
@@ -30,6 +31,8 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     if args.kernel.is_some() && args.machine != MachineKind::Kvm {
         bail!("--kernel is for --machine kvm");
     }
+    memory_check::check(memory_use(args)?, args.force)
+        .with_context(|| format!("could not make a machine of {}", size(args)))?;
     let (vm, on_kvm) = match args.machine {
         MachineKind::Synthetic if !args.devices.is_empty() => {
             bail!("--serial, --disk, --net and --rng are for --machine kvm")
@@ -159,6 +162,34 @@ const LAST_ANSWER: Duration = Duration::from_millis(50);
 fn size(args: &Run) -> String {
     let plural = if args.vcpus == 1 { "" } else { "s" };
     format!("{}, {} vCPU{plural}", format_size(args.memory), args.vcpus)
+}
+
+/// What the machine will fill of its RAM.
+fn memory_use(args: &Run) -> Result<Use> {
+    let wanted = |filled_bytes| Use {
+        who: "the guest and its process",
+        ram_bytes: args.memory,
+        filled_bytes,
+        backing: args.hugepages,
+        processes: 1,
+    };
+    if args.incoming.is_some() {
+        return Ok(Use { who: "a guest that comes in, and its process,", ..wanted(None) });
+    }
+    let fill = args.fill().map_err(|error| anyhow!(error))?;
+    let filled = match (args.machine, &args.kernel) {
+        (MachineKind::Synthetic, _) => {
+            args.workload().map_err(|error| anyhow!(error))?.filled_bytes(args.memory, &fill, args.hugepages)
+        }
+        (MachineKind::Kvm, None) => args.payload().filled_bytes(args.memory, &fill, args.hugepages),
+        // What it starts from; more as it uses its memory.
+        (MachineKind::Kvm, Some(kernel)) => [Some(kernel), args.initrd.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(|file| std::fs::metadata(file).map_or(0, |found| found.len()))
+            .fold(0, u64::saturating_add),
+    };
+    Ok(wanted(Some(filled)))
 }
 
 /// Has the kernel end this process when its parent ends, and ends it if that is so already.

@@ -158,6 +158,10 @@ fn that_fails() {
     for machine in ["synthetic", "kvm"] {
         fails(&["demo", "--machine", machine, "--memory", "0"], 1, &["memory"]);
     }
-    fails(&["demo", "--machine", "synthetic", "--memory", "900T"], 1, &["900.00 TiB", "could not map the memory"]);
+    let synthetic = ["demo", "--machine", "synthetic", "--memory", "900T"];
+    fails(&synthetic, 1, &["900.00 TiB", "this host has ", "--force"]);
+    let forced = dunlin(&[&synthetic[..], &["--force"]].concat());
+    let said = String::from_utf8(forced.stderr).unwrap();
+    assert!(said.contains("goes on because of --force") && said.contains("could not map the memory"), "{said}");
     fails(&["demo", "--memory", "900T"], 1, &["900.00 TiB", "memory"]);
 }

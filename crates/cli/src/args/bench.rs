@@ -66,6 +66,9 @@ pub struct BenchKinds {
     /// How often everything is measured.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: u32,
+    /// Go on even if it will fill more memory than is available.
+    #[arg(long)]
+    pub force: bool,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
@@ -85,6 +88,9 @@ pub struct BenchDowntime {
     /// How often everything is measured, by turns.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: u32,
+    /// Go on even if it will fill more memory than is available.
+    #[arg(long)]
+    pub force: bool,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
@@ -98,6 +104,9 @@ pub struct BenchConvergence {
     /// A migration that takes longer counts as one that does not converge, and is cancelled.
     #[arg(long, value_name = "SECONDS", default_value_t = 20)]
     pub patience: u64,
+    /// Go on even if it will fill more memory than is available.
+    #[arg(long)]
+    pub force: bool,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
@@ -127,6 +136,9 @@ pub struct BenchThroughput {
     /// Measure every way of copying, not only the one to compare with.
     #[arg(long)]
     pub ways: bool,
+    /// Go on even if it will fill more memory than is available.
+    #[arg(long)]
+    pub force: bool,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
@@ -176,6 +188,9 @@ pub struct BenchBitmap {
     /// The RAM that the bitmap is of; none of it is allocated.
     #[arg(long, value_name = "SIZE", default_value = "1T", value_parser = size)]
     pub memory: u64,
+    /// Go on even if it will fill more memory than is available.
+    #[arg(long)]
+    pub force: bool,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,

@@ -14,7 +14,7 @@ use dunlin::units::format_size;
 use dunlin_machines::Backing;
 
 use super::machine::{Idle, Random};
-use super::{Column, Measured};
+use super::{Column, Measured, check_memory};
 use crate::args::BenchBitmap;
 
 const COLUMNS: &[Column] = &[Column { heading: "ms", key: "seconds", scale: 1e3, decimals: 3 }];
@@ -23,6 +23,8 @@ const RUNS: usize = 11;
 
 pub fn measure(args: &BenchBitmap) -> Result<Measured> {
     let pages = (args.memory / PAGE_SIZE).max(1);
+    // Two bitmaps and an array as large.
+    check_memory((pages / 8).saturating_mul(3).saturating_add(ASKED), Backing::Base, args.force)?;
     let size = format_size(args.memory);
     let bitmap = DirtyBitmap::new(args.memory);
     // Every word of it is memory of its own before anything is timed.

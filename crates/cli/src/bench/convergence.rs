@@ -83,7 +83,7 @@ pub fn measure(args: &BenchConvergence) -> Result<Measured> {
         let mut rows: Vec<Vec<Vec<f64>>> = scene.ways.iter().map(|_| vec![Vec::new(); COLUMNS.len()]).collect();
         for _ in 0..args.runs {
             for ((_, set), samples) in scene.ways.iter().zip(&mut rows) {
-                let settings = set.iter().flat_map(|&set| ["--set", set]);
+                let settings = set.iter().flat_map(|&set| ["--set", set]).chain(args.force.then_some("--force"));
                 let report = demo(scene.demo.iter().copied().chain(settings), Duration::from_secs(args.patience))?;
                 let converged = report.status == Status::Completed;
                 let cpu = report.cpu_seconds.source.unwrap_or(0.0) + report.cpu_seconds.destination.unwrap_or(0.0);

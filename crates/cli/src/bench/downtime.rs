@@ -45,7 +45,8 @@ pub fn measure(args: &BenchDowntime) -> Result<Measured> {
     let run = |workload: &str| {
         let (memory, limit) =
             (format!("--memory={}", args.memory), format!("--set=downtime-limit={}", args.downtime_limit));
-        demo([memory.as_str(), limit.as_str(), "--workload", workload], PATIENCE)
+        let force = args.force.then_some("--force");
+        demo([memory.as_str(), limit.as_str(), "--workload", workload].into_iter().chain(force), PATIENCE)
     };
     let mut idle = Vec::new();
     for _ in 0..args.runs {

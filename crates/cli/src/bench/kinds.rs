@@ -11,7 +11,7 @@ use dunlin::internals::{self, Codec, Compressor, MAX_UNIT_BYTES};
 use dunlin_machines::Backing;
 
 use super::machine::{Idle, Random};
-use super::{Column, Measured};
+use super::{Column, Measured, check_memory};
 use crate::args::BenchKinds;
 
 const PAGE: usize = 4096;
@@ -58,6 +58,8 @@ const SUBJECTS: &[(&str, Content, Change, Compressor)] = &[
 ];
 
 pub fn measure(args: &BenchKinds) -> Result<Measured> {
+    // The pages, their versions before, their copies, RAM, and what they are encoded as.
+    check_memory(args.memory.saturating_mul(5), Backing::Base, args.force)?;
     let mut measured = Measured::new(COLUMNS);
     let bytes = usize::try_from(args.memory)? / MAX_UNIT_BYTES * MAX_UNIT_BYTES;
     let ram = Idle::new(bytes as u64, Backing::Base)?;

@@ -12,12 +12,14 @@ mod peer;
 mod subject;
 mod throughput;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use dunlin_machines::Backing;
 use serde_json::{Map, Value, json};
 
 use crate::Outcome;
 use crate::args::Bench;
 use crate::connection;
+use crate::memory_check::{self, Use};
 use crate::terminal;
 use dunlin_monitor::text::{Align, table};
 
@@ -34,6 +36,13 @@ pub fn bench(what: &Bench) -> Result<Outcome> {
     };
     terminal::out(&if json { connection::pretty(&measured.json()) } else { measured.text() })?;
     Ok(Outcome::Success)
+}
+
+/// Checks that what a measurement will fill is available.
+fn check_memory(bytes: u64, backing: Backing, force: bool) -> Result<()> {
+    let who = "this measurement";
+    let wanted = Use { who, ram_bytes: bytes, filled_bytes: Some(bytes), backing, processes: 2 };
+    memory_check::check(wanted, force).context("could not measure")
 }
 
 /// What is measured of each thing.

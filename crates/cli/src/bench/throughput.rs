@@ -13,7 +13,7 @@ use dunlin_machines::Backing;
 
 use super::machine::{Idle, Random};
 use super::peer::{OwnMemory, Peer, Task, cpu_seconds};
-use super::{Column, Measured};
+use super::{Column, Measured, check_memory};
 use crate::args::{BenchThroughput, Transport, Way};
 
 const COLUMNS: &[Column] = &[
@@ -97,6 +97,13 @@ struct Run {
 
 pub fn measure(args: &BenchThroughput) -> Result<Measured> {
     let into = args.into.unwrap_or(args.hugepages);
+    // One to send, and one to receive or to warm up; each is filled.
+    if into == args.hugepages {
+        check_memory(args.memory.saturating_mul(2), into, args.force)?;
+    } else {
+        check_memory(args.memory, args.hugepages, args.force)?;
+        check_memory(args.memory, into, args.force)?;
+    }
     let subjects: Vec<&Subject> =
         SUBJECTS.iter().chain(WAYS.iter().filter(|way| args.ways && possible(way, args.hugepages, into))).collect();
     let mut runs: Vec<Vec<Run>> = subjects.iter().map(|_| Vec::new()).collect();

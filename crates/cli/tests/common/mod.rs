@@ -157,14 +157,20 @@ impl Machine {
         arguments: &[&str],
         environment: &[(&'static str, &'static str)],
     ) -> Self {
+        let mut launcher = Command::new(DUNLIN);
+        launcher.envs(environment.iter().copied());
+        Self::start_by(launcher, name, directory, arguments)
+    }
+
+    /// Starts one by a command that becomes `dunlin` with the arguments that follow.
+    pub fn start_by(mut launcher: Command, name: &'static str, directory: &Path, arguments: &[&str]) -> Self {
         let qmp = directory.join(format!("{name}.qmp"));
         let log = directory.join(format!("{name}.log"));
-        let child = Command::new(DUNLIN)
+        let child = launcher
             .arg("run")
             .args(arguments)
             .args(["--qmp", &format!("unix:{}", qmp.display())])
             .args(["--exit-with-parent", &std::process::id().to_string()])
-            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(&log).unwrap())
