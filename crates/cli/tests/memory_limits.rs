@@ -1,5 +1,5 @@
 //! Machines in cgroups with little memory, and on hosts with less than they ask for: what cannot be is refused before it is
-//! filled.
+//! filled, and what is not filled is not allocated by being read.
 
 // Clippy's exception for tests does not reach the functions that they call.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
@@ -13,7 +13,8 @@ use std::path::Path;
 use std::process::Stdio;
 
 use cgroup::Cgroup;
-use common::{Machine, fails, turn};
+use common::{Machine, dunlin, fails, turn};
+use serde_json::json;
 
 const MIB: u64 = 1 << 20;
 
@@ -178,4 +179,65 @@ fn free_huge_pages(pages: u64) -> bool {
         println!("skipped: the pool has {free} huge pages free, not {pages}");
     }
     free >= pages
+}
+
+/// Moves a guest that leaves most of its RAM alone, out of a cgroup that has room for little. Reading the rest, to check or
+/// to send it, must not take memory: neither here nor where it goes.
+fn leaves(cgroup: &Cgroup, arguments: &[&str], outside: &Cgroup, arriving: &[&str]) {
+    let directory = tempfile::tempdir().unwrap();
+    let source = Machine::start_by(cgroup.dunlin(), "source", directory.path(), arguments);
+    println!("{}: {}", arguments.join(" "), source.verified());
+    assert!(cgroup.holds(source.pid()), "the source is not in its cgroup");
+    let there = [arriving, &["--incoming", "tcp:127.0.0.1:0", "--force"]].concat();
+    let destination = Machine::start_by(outside.dunlin(), "destination", directory.path(), &there);
+    // All ways of reading: looking for zeros, checksums, compressing, versions for deltas.
+    source.set(json!({"multifd-compression": "lz4", "xbzrle": true, "downtime-limit": 10_000}));
+    source.migrate(&destination.address());
+    source.completed();
+    destination.completed();
+    println!("{}", destination.verified());
+    assert!(outside.holds(destination.pid()) && destination.is_running());
+    assert!(source.is_alive(), "the source was killed");
+}
+
+#[test]
+fn reading_a_sparse_guest_takes_no_memory() {
+    let _turn = turn();
+    /// What the guest fills, and what the processes take besides, with room to spare.
+    const MOST: u64 = 200 * MIB;
+    let kvm = dunlin(&["run", "--machine", "kvm", "--memory", "0", "--qmp", "unix:/nowhere/a"]);
+    let kvm = !String::from_utf8(kvm.stderr).unwrap().contains("/dev/kvm");
+    let synthetic = ["--workload", "pattern=uniform,rate=200M/s,working-set=32M,content=text"];
+    let payload = ["--machine", "kvm", "--payload", "dirty:working-set=32M,rate=20M/s"];
+    for (machine, own, kind) in [("synthetic", &synthetic[..], &[][..]), ("kvm", &payload[..], &payload[..2])] {
+        if machine == "kvm" && !kvm {
+            println!("skipped: machines on KVM, for there is none");
+            continue;
+        }
+        for pages in ["4K", "transparent"] {
+            let (Some(little), Some(outside)) = (cgroup("memory"), cgroup("memory")) else { return };
+            little.limit_memory(300 * MIB);
+            let same = ["--memory", "4G", "--hugepages", pages];
+            leaves(&little, &[&same[..], &["--fill", "zero:100"], own].concat(), &outside, &[&same[..], kind].concat());
+            let peaks = [little.peak(), outside.peak()];
+            println!("{machine}, {pages}: at most {:?} MiB", peaks.map(|bytes| bytes / MIB));
+            assert!(peaks.iter().all(|peak| *peak <= MOST), "{machine}, {pages}: {peaks:?}");
+        }
+    }
+}
+
+#[test]
+fn reading_sparse_huge_pages_takes_none() {
+    let _turn = turn();
+    let (Some(little), Some(outside)) = (cgroup("hugetlb"), cgroup("memory")) else { return };
+    if !free_huge_pages(32) {
+        return;
+    }
+    little.limit_huge_pages(16 * MIB);
+    let same = ["--memory", "64M"];
+    let more = ["--hugepages", "2M", "--force", "--fill", "zero:100"];
+    let workload = ["--workload", "pattern=uniform,rate=20M/s,working-set=8M,content=text"];
+    leaves(&little, &[&same[..], &more, &workload].concat(), &outside, &same);
+    let taken = little.huge_pages();
+    assert!(taken <= 8 * MIB, "{taken} bytes of huge pages for 8 MiB");
 }
