@@ -18,8 +18,8 @@ use dunlin_machines::{
 use dunlin_monitor::{Address, parse_address};
 
 pub use self::bench::{
-    Bench, BenchAutoconverge, BenchBitmap, BenchConvergence, BenchDowntime, BenchKinds, BenchPeer, BenchReceiver,
-    BenchThroughput, Way,
+    Bench, BenchAutoconverge, BenchBitmap, BenchCompression, BenchConvergence, BenchDowntime, BenchKinds, BenchPeer,
+    BenchReceiver, BenchThroughput, Way,
 };
 use crate::completion::{self, Shell};
 

@@ -65,7 +65,8 @@ impl Codec {
             Compressor::Zstd(level) => Compression::Zstd { level },
         })?;
         let mut link = Link::default();
-        link.sent(1 << 30, Duration::from_secs(3600));
+        let hour = Duration::from_secs(3600);
+        link.sent(1 << 30, hour, hour);
         Ok(Self { encoder, decoder: Decoder::default(), link, encodings: Encodings::default(), runs: Vec::new() })
     }
 
@@ -76,6 +77,7 @@ impl Codec {
         self.runs.clear();
         self.encodings.room(pages.len()).copy_from_slice(pages);
         let mut out = Collecting { runs: &mut self.runs, old };
+        self.encoder.worked(Duration::from_secs(1));
         self.encoder.encode(&mut self.encodings, pages.len(), 0, &self.link, &mut out);
         self.encodings.as_slice().len()
     }

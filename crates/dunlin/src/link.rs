@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::channel::{Connection, More, Origin};
 use crate::error::Cause;
 use crate::memory::{GuestSlice, PAGE_SIZE};
-use crate::page::PageKind;
+use crate::page::{CompressionCounts, PageKind};
 use crate::report::{ChannelReport, DeltaCounts, PageCounts};
 use crate::wire::{
     DataDigest, FrameHeader, FrameType, HEADER_BYTES, HELLO_BYTES, Message, PageRun, WireError, data_checksum,
@@ -42,7 +42,16 @@ pub(crate) struct ChannelCounters {
     waiting: AtomicU64,
     /// What the link carries a second, as 1 more than that, while the channel always has bytes under way; else 0.
     link_speed: AtomicU64,
+    /// How far the destination has kept up of late, of [`ALL`].
+    keeps_up: AtomicU64,
+    /// What the compressor did so far, where there is one.
+    compression: Mutex<Option<CompressionCounts>>,
 }
+
+/// All of a share.
+const ALL: u64 = 1 << 16;
+/// A destination that has so many bytes unread is the one that is waited for.
+const BEHIND_BYTES: u64 = 64 << 10;
 
 impl ChannelCounters {
     pub(crate) fn pages(&self) -> PageCounts {
@@ -60,6 +69,25 @@ impl ChannelCounters {
     pub(crate) fn set_link_speed(&self, bytes_per_second: Option<u64>) {
         let speed = bytes_per_second.map_or(0, |speed| speed.saturating_add(1));
         self.link_speed.store(speed, Ordering::Relaxed);
+    }
+
+    /// The destination says how many bytes have come that it has not taken.
+    pub(crate) fn heard_unread(&self, unread: u64) {
+        let now = if unread < BEHIND_BYTES { ALL } else { 0 };
+        let before = self.keeps_up.load(Ordering::Relaxed);
+        // One thread hears of all.
+        self.keeps_up.store(before.midpoint(now), Ordering::Relaxed);
+    }
+
+    /// The part of the time that a sender waits in which it waits for the link, and not for the destination. It is 0 until
+    /// the destination has said how far it is.
+    pub(crate) fn link_share(&self) -> f64 {
+        self.keeps_up.load(Ordering::Relaxed) as f64 / ALL as f64
+    }
+
+    /// What the compressor did so far.
+    pub(crate) fn set_compression(&self, counts: Option<CompressionCounts>) {
+        *lock(&self.compression) = counts;
     }
 
     pub(crate) fn report(&self, index: u8) -> ChannelReport {
@@ -89,16 +117,18 @@ impl ChannelClock {
         Self { counters, now: Instant::now(), used: thread_cpu_time() }
     }
 
-    /// Counts the time since the last look.
-    pub(crate) fn lap(&mut self) {
+    /// Counts the time since the last look, and gives it: on a processor, and not.
+    pub(crate) fn lap(&mut self) -> (Duration, Duration) {
         let (now, used) = (Instant::now(), thread_cpu_time());
         let elapsed = now.saturating_duration_since(std::mem::replace(&mut self.now, now));
         let busy = used.saturating_sub(std::mem::replace(&mut self.used, used));
         let add = |counter: &AtomicU64, time: Duration| {
             counter.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         };
+        let waiting = elapsed.saturating_sub(busy);
         add(&self.counters.busy, busy);
-        add(&self.counters.waiting, elapsed.saturating_sub(busy));
+        add(&self.counters.waiting, waiting);
+        (busy, waiting)
     }
 
     /// Leaves out the time since the last look: nothing was under way.

@@ -19,6 +19,8 @@ pub enum Bench {
     /// A fast guest (128 MiB rewritten at 300 MB/s over 100 MB/s, 1 % of the bytes new each time), a slow link (512 MiB of
     /// text over 50 MB/s) and a fast link (2 GiB of random bytes), with and without what may help.
     Convergence(BenchConvergence),
+    /// Idle machines from one process to another with each compressor, beside the same without one, by what memory holds.
+    Compression(BenchCompression),
     /// Guests that dirty their memory at 0.5 to 8 times what the link carries, on both machines, without auto-converge, with
     /// fixed steps as QEMU has them, and with auto-converge; and one of which one vCPU alone does.
     Autoconverge(BenchAutoconverge),
@@ -107,6 +109,31 @@ pub struct BenchConvergence {
     /// Go on even if it will fill more memory than is available.
     #[arg(long)]
     pub force: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchCompression {
+    /// The machine's RAM; each of the two processes has as much.
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size)]
+    pub memory: u64,
+    /// Connections that pages travel on.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub channels: u8,
+    /// How the two are connected.
+    #[arg(long, value_enum, default_value_t = Transport::Tcp)]
+    pub transport: Transport,
+    /// The host's pages that RAM is made of.
+    #[arg(long, value_name = "SIZE", default_value_t = Backing::Base)]
+    pub hugepages: Backing,
+    /// A parameter of all migrations, max-bandwidth for instance.
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub set: Vec<String>,
+    /// How often everything is measured, by turns.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,

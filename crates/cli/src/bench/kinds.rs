@@ -173,6 +173,19 @@ fn subject(
 }
 
 fn make(bytes: usize, content: Content, random: &mut Random) -> Vec<u8> {
+    let mut pages = vec![0; bytes];
+    match content {
+        Content::Zero => {}
+        Content::Random => {
+            pages.as_chunks_mut::<8>().0.iter_mut().for_each(|word| *word = random.next().to_le_bytes());
+        }
+        Content::Text => write_text(&mut pages, random),
+    }
+    pages
+}
+
+/// Fills pages with words.
+pub(super) fn write_text(pages: &mut [u8], random: &mut Random) {
     const WORDS: &[&str] = &[
         "memory ",
         "guest ",
@@ -191,24 +204,14 @@ fn make(bytes: usize, content: Content, random: &mut Random) -> Vec<u8> {
         "process ",
         "which ",
     ];
-    let mut pages = vec![0; bytes];
-    match content {
-        Content::Zero => {}
-        Content::Random => {
-            pages.as_chunks_mut::<8>().0.iter_mut().for_each(|word| *word = random.next().to_le_bytes());
+    let mut at = 0;
+    while at < pages.len() {
+        let word = WORDS.get(random.below(WORDS.len())).copied().unwrap_or(" ").as_bytes();
+        for (to, from) in pages.iter_mut().skip(at).zip(word) {
+            *to = *from;
         }
-        Content::Text => {
-            let mut at = 0;
-            while at < bytes {
-                let word = WORDS.get(random.below(WORDS.len())).copied().unwrap_or(" ").as_bytes();
-                for (to, from) in pages.iter_mut().skip(at).zip(word) {
-                    *to = *from;
-                }
-                at += word.len();
-            }
-        }
+        at += word.len();
     }
-    pages
 }
 
 /// Changes a page where it is to change: every byte of it that does, to another.

@@ -2,6 +2,7 @@
 
 mod autoconverge;
 mod bitmap;
+mod compression;
 mod convergence;
 mod copy;
 mod demos;
@@ -27,6 +28,7 @@ pub fn bench(what: &Bench) -> Result<Outcome> {
     let (measured, json) = match what {
         Bench::Autoconverge(args) => (autoconverge::measure(args)?, args.json),
         Bench::Bitmap(args) => (bitmap::measure(args)?, args.json),
+        Bench::Compression(args) => (compression::measure(args)?, args.json),
         Bench::Convergence(args) => (convergence::measure(args)?, args.json),
         Bench::Downtime(args) => (downtime::measure(args)?, args.json),
         Bench::Kinds(args) => (kinds::measure(args)?, args.json),

@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use dunlin::{Guest, Parameters, Source, Status, Uri};
+use dunlin::{Guest, Parameters, Report, Source, Status, Uri};
 use dunlin_machines::Backing;
 
 use super::machine::{Idle, Random};
@@ -181,7 +181,7 @@ fn run(
     let (began, cpu) = (Instant::now(), cpu_seconds());
     match subject.how {
         How::Bare(way) => super::copy::send(memory, &peer.address, args.channels, way)?,
-        How::Migration(set) => migrate(memory, &peer.address, args.channels, set)?,
+        How::Migration(set) => drop(migrate(memory, &peer.address, args.channels, set)?),
         How::Memcpy => {}
     }
     let (seconds, source_cpu, source_own) = (began.elapsed().as_secs_f64(), cpu_seconds() - cpu, own.most());
@@ -200,7 +200,8 @@ fn run(
     })
 }
 
-fn migrate(memory: &std::sync::Arc<Idle>, to: &Uri, channels: u8, set: &[&str]) -> Result<()> {
+/// Migrates an idle machine, with these parameters (`NAME=VALUE`).
+pub(super) fn migrate(memory: &std::sync::Arc<Idle>, to: &Uri, channels: u8, set: &[&str]) -> Result<Report> {
     let guest = Guest::new(memory.clone());
     guest.cont()?;
     let mut parameters = Parameters::default();
@@ -213,7 +214,7 @@ fn migrate(memory: &std::sync::Arc<Idle>, to: &Uri, channels: u8, set: &[&str]) 
     if report.status != Status::Completed {
         bail!("{}", report.error.map_or("the migration did not complete".to_owned(), |error| error.message));
     }
-    Ok(())
+    Ok(report)
 }
 
 /// Between two mappings of this process, both present, a thread for each channel.

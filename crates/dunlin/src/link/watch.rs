@@ -175,6 +175,9 @@ impl Entry {
     fn hear(&mut self, heartbeat: Heartbeat) {
         self.heard = Duration::ZERO;
         self.unread = heartbeat.unread;
+        if let Some(counters) = &self.counters {
+            counters.heard_unread(heartbeat.unread);
+        }
         if heartbeat.received > self.arrived {
             self.arrived = heartbeat.received;
             self.quiet = Duration::ZERO;

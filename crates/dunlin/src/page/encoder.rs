@@ -1,20 +1,21 @@
 //! Choosing the kind of each page, by the table's order.
 //!
 //! A compressor is used where it pays: its time and the time its output takes on the link must be less than the time
-//! the pages take as they are. So it never holds up a link that has room, and memory that does not shrink costs a
-//! look now and then.
+//! the pages take as they are. [`Trials`] decides that.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use super::trials::{Outcome, Trials};
 use super::{MAX_UNIT_BYTES, PageKind, delta, lz4, zero, zstd};
+use crate::link::thread_cpu_time;
 use crate::memory::{MemoryError, PAGE_SIZE, RamBlock};
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// A unit is worth compressing if it then takes at most this part of its bytes.
 const WORTH: f64 = 0.9;
-/// After this many units in a row that were not worth it, the next look is this many units away. 64 units are 4 MiB.
-const LONGEST_PAUSE: u32 = 64;
+/// Levels of Zstandard to try before the one that was asked for. From each to the next it takes up to three times as long.
+const ZSTD_LEVELS: &[i32] = &[1, 3, 5, 7, 9, 12, 15, 17, 19];
 /// A delta longer than this part of a page is not better than what comes after it in the table.
 const LONGEST_DELTA: usize = PAGE / 2;
 
@@ -26,11 +27,22 @@ pub(crate) enum Compression {
     None,
     /// LZ4.
     Lz4,
-    /// Zstandard of this level.
+    /// Zstandard of this level, or of a lower one where that is quicker.
     Zstd {
         /// -131072 to 22; the higher the shorter and the slower.
         level: i32,
     },
+}
+
+/// What a channel's compressor did.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(crate) struct CompressionCounts {
+    /// CPU time of all of it.
+    pub(crate) busy: Duration,
+    /// Of that, CPU time of trials that did not pay.
+    pub(crate) wasted: Duration,
+    /// The level in use; `None` while pages travel as they are.
+    pub(crate) level: Option<i32>,
 }
 
 /// What becomes of the pages that are encoded.
@@ -116,19 +128,29 @@ pub(crate) fn survey(
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Link {
     nanoseconds_a_byte: f64,
+    /// Of these, those that the link takes, and not the destination.
+    of_link: f64,
     /// Bytes sent so far.
     sent_bytes: u64,
 }
 
 impl Link {
-    /// `bytes` took `time` to send.
-    pub(crate) fn sent(&mut self, bytes: u64, time: Duration) {
+    /// `bytes` took `time` to send, of which the link took `of_link`.
+    pub(crate) fn sent(&mut self, bytes: u64, time: Duration, of_link: Duration) {
         /// The measurement follows the link within about this much.
         const MEMORY_BYTES: f64 = (4u32 << 20) as f64;
         let weight = (bytes as f64 / MEMORY_BYTES).min(1.0);
-        let now = time.as_nanos() as f64 / (bytes as f64).max(1.0);
-        self.nanoseconds_a_byte += (now - self.nanoseconds_a_byte) * weight;
+        for (average, time) in [(&mut self.nanoseconds_a_byte, time), (&mut self.of_link, of_link)] {
+            let now = time.as_nanos() as f64 / (bytes as f64).max(1.0);
+            *average += (now - *average) * weight;
+        }
         self.sent_bytes = self.sent_bytes.saturating_add(bytes);
+    }
+
+    /// What the link takes for `bytes`.
+    #[cfg(test)]
+    pub(crate) fn of(&self, bytes: usize) -> Duration {
+        Duration::from_nanos((self.of_link * bytes as f64) as u64)
     }
 
     /// The most bytes that are to be sent at once: what the link carries in about `time`, and no more than `unknown` as long
@@ -144,9 +166,9 @@ impl Link {
 /// A channel's encoders.
 pub(crate) struct Encoder {
     compressor: Compressor,
-    /// Units to send as they are before the next look, and how many it was the last time.
-    pause: u32,
-    last_pause: u32,
+    trials: Trials,
+    /// CPU time of the compressor.
+    busy: Duration,
     /// Encodings being made.
     delta: Vec<u8>,
     compressed: Vec<u8>,
@@ -155,12 +177,13 @@ pub(crate) struct Encoder {
 enum Compressor {
     None,
     Lz4,
-    Zstd(zstd::Encoder),
+    /// With the levels to choose from.
+    Zstd(zstd::Encoder, Vec<i32>),
 }
 
 impl std::fmt::Debug for Encoder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Encoder").field("pause", &self.pause).finish_non_exhaustive()
+        f.debug_struct("Encoder").field("trials", &self.trials).finish_non_exhaustive()
     }
 }
 
@@ -168,17 +191,50 @@ impl Encoder {
     /// # Errors
     /// When a compressor's library has no memory.
     pub(crate) fn new(compression: Compression) -> std::io::Result<Self> {
-        let compressor = match compression {
-            Compression::None => Compressor::None,
-            Compression::Lz4 => Compressor::Lz4,
-            Compression::Zstd { level } => Compressor::Zstd(zstd::Encoder::new(level)?),
+        let (compressor, steps) = match compression {
+            Compression::None => (Compressor::None, 0),
+            Compression::Lz4 => (Compressor::Lz4, 1),
+            Compression::Zstd { level } => {
+                let cheaper = ZSTD_LEVELS.iter().copied().filter(|cheaper| *cheaper < level);
+                let levels: Vec<i32> = cheaper.chain([level]).collect();
+                let steps = levels.len();
+                (Compressor::Zstd(zstd::Encoder::new(levels.first().copied().unwrap_or(level))?, levels), steps)
+            }
         };
-        Ok(Self { compressor, pause: 0, last_pause: 0, delta: Vec::new(), compressed: Vec::new() })
+        Ok(Self {
+            compressor,
+            trials: Trials::new(steps),
+            busy: Duration::ZERO,
+            delta: Vec::new(),
+            compressed: Vec::new(),
+        })
     }
 
-    /// Whether there is a compressor.
-    pub(crate) fn compresses(&self) -> bool {
-        !matches!(self.compressor, Compressor::None)
+    /// The worker has spent more time, on a processor and waiting for the link. Trials that do not pay take a small part of
+    /// it.
+    pub(crate) fn worked(&mut self, time: Duration) {
+        self.trials.worked(time);
+    }
+
+    /// Whether the next pages would be compressed, or tried.
+    pub(crate) fn is_due(&self) -> bool {
+        self.trials.is_due(MAX_UNIT_BYTES)
+    }
+
+    /// Pages travel as they are that were not given to [`encode`](Self::encode).
+    pub(crate) fn pass(&mut self) {
+        self.trials.pass();
+    }
+
+    /// What the compressor did; `None` if there is none.
+    pub(crate) fn counts(&self) -> Option<CompressionCounts> {
+        let level = match (&self.compressor, self.trials.in_use()) {
+            (Compressor::None, _) => return None,
+            (_, None) => None,
+            (Compressor::Lz4, Some(_)) => Some(1),
+            (Compressor::Zstd(_, levels), Some(step)) => levels.get(step).copied(),
+        };
+        Some(CompressionCounts { busy: self.busy, wasted: self.trials.wasted(), level })
     }
 
     /// Encodes the `length` bytes of pages, at most [`MAX_UNIT_BYTES`], that have been copied into the room of
@@ -243,27 +299,33 @@ impl Encoder {
     }
 
     fn compress(&mut self, pages: &[u8], link: &Link) -> Option<PageKind> {
-        if !self.compresses() {
-            return None;
-        }
-        if self.pause > 0 {
-            self.pause -= 1;
-            return None;
-        }
-        let began = Instant::now();
-        self.compressed.clear();
+        let attempt = self.trials.next(pages.len())?;
+        let (began, cpu) = (Instant::now(), thread_cpu_time());
         let limit = (pages.len() as f64 * WORTH) as usize;
-        let (kind, fits) = match &mut self.compressor {
-            Compressor::Zstd(encoder) => (PageKind::Zstd, encoder.encode(pages, limit, &mut self.compressed)),
-            _ => (PageKind::Lz4, lz4::encode(pages, limit, &mut self.compressed)),
-        };
-        let saved = (pages.len() - self.compressed.len()) as f64 * link.nanoseconds_a_byte;
-        if fits && saved > began.elapsed().as_nanos() as f64 {
-            self.last_pause = 0;
-        } else {
-            self.last_pause = (self.last_pause * 2).clamp(1, LONGEST_PAUSE);
-            self.pause = self.last_pause;
+        let mut fits = true;
+        if attempt.looks_first {
+            fits = self.compress_with(0, pages, limit);
         }
+        fits = fits && self.compress_with(attempt.step, pages, limit);
+        let cpu = thread_cpu_time().saturating_sub(cpu);
+        let saved_bytes = if fits { pages.len().saturating_sub(self.compressed.len()) } else { 0 };
+        self.busy = self.busy.saturating_add(cpu);
+        let outcome = Outcome { bytes: pages.len(), saved_bytes, cpu, elapsed: began.elapsed() };
+        self.trials.tried(attempt, outcome, link.of_link);
+        let kind = if matches!(self.compressor, Compressor::Zstd(..)) { PageKind::Zstd } else { PageKind::Lz4 };
         fits.then_some(kind)
+    }
+
+    /// Compresses pages, if that takes at most `limit` bytes.
+    fn compress_with(&mut self, step: usize, pages: &[u8], limit: usize) -> bool {
+        self.compressed.clear();
+        match &mut self.compressor {
+            Compressor::None => false,
+            Compressor::Lz4 => lz4::encode(pages, limit, &mut self.compressed),
+            Compressor::Zstd(encoder, levels) => match levels.get(step) {
+                Some(level) => encoder.encode(*level, pages, limit, &mut self.compressed),
+                None => false,
+            },
+        }
     }
 }

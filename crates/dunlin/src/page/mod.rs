@@ -13,9 +13,10 @@ mod zstd;
 
 mod decoder;
 mod encoder;
+mod trials;
 
 pub(crate) use decoder::{Decoder, PlaceError};
-pub(crate) use encoder::{Compression, Encoder, Encodings, Link, Out, survey};
+pub(crate) use encoder::{Compression, CompressionCounts, Encoder, Encodings, Link, Out, survey};
 
 /// The most guest RAM that is compressed as one, which bounds a decoder's buffer.
 pub(crate) const MAX_UNIT_BYTES: usize = 64 << 10;
@@ -162,6 +163,8 @@ mod tests {
     fn encode(encoder: &mut Encoder, pages: &[u8], link: &Link, out: &mut Collected) -> Vec<u8> {
         let mut encodings = Encodings::default();
         encodings.room(pages.len()).copy_from_slice(pages);
+        // Sending it takes what it takes.
+        encoder.worked(link.of(pages.len()).max(Duration::from_micros(10)));
         encoder.encode(&mut encodings, pages.len(), 0, link, out);
         encodings.as_slice().to_vec()
     }
@@ -173,7 +176,8 @@ mod tests {
 
     fn slow_link() -> Link {
         let mut link = Link::default();
-        link.sent(64 << 20, Duration::from_secs(60));
+        let minute = Duration::from_secs(60);
+        link.sent(64 << 20, minute, minute);
         link
     }
 
@@ -301,28 +305,62 @@ mod tests {
         assert_eq!(kinds, [(Zero, 1), (Lz4, 2), (Delta, 1), (Lz4, 3)], "{kinds:?}");
     }
 
-    /// On a link with room a compressor is only tried now and then, and so it is on memory that does not shrink.
-    #[test]
-    fn compresses_where_it_pays() {
-        let text: Vec<u8> = b"a guest writes words ".iter().copied().cycle().take(MAX_UNIT_BYTES).collect();
+    fn text() -> Vec<u8> {
+        b"a guest writes words ".iter().copied().cycle().take(MAX_UNIT_BYTES).collect()
+    }
+
+    fn random() -> Vec<u8> {
         let mut state = 1u64;
-        let random: Vec<u8> = std::iter::repeat_with(|| {
+        let mut next = || {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
             (state >> 24) as u8
-        })
-        .take(MAX_UNIT_BYTES)
-        .collect();
-        let compressed = |pages: &[u8], link: &Link| {
-            let mut encoder = Encoder::new(Compression::Zstd { level: 3 }).unwrap();
-            let mut out = Collected::default();
-            (0..1000).for_each(|_| drop(encode(&mut encoder, pages, link, &mut out)));
-            out.runs.iter().filter(|(kind, ..)| *kind == PageKind::Zstd).count()
         };
-        assert_eq!(compressed(&text, &slow_link()), 1000);
-        let tries = compressed(&text, &Link::default());
-        assert!((10..60).contains(&tries), "{tries}");
-        assert_eq!(compressed(&random, &slow_link()), 0);
+        (0..MAX_UNIT_BYTES).map(|_| next()).collect()
+    }
+
+    const ALL: [Compression; 5] = [
+        Compression::Lz4,
+        Compression::Zstd { level: -5 },
+        Compression::Zstd { level: 1 },
+        Compression::Zstd { level: 9 },
+        Compression::Zstd { level: 22 },
+    ];
+
+    /// On a slow link everything that shrinks is compressed, at the level that was asked for.
+    #[test]
+    fn compresses_on_a_slow_link() {
+        for compression in ALL {
+            let mut encoder = Encoder::new(compression).unwrap();
+            let mut out = Collected::default();
+            (0..100).for_each(|_| drop(encode(&mut encoder, &text(), &slow_link(), &mut out)));
+            let compressed = out.runs.iter().filter(|(kind, ..)| *kind != PageKind::Plain).count();
+            assert_eq!(compressed, 100, "{compression:?}");
+            let wanted = if let Compression::Zstd { level } = compression { level } else { 1 };
+            assert_eq!(encoder.counts().unwrap().level, Some(wanted));
+            (0..1000).for_each(|_| drop(encode(&mut encoder, &random(), &slow_link(), &mut out)));
+            let counts = encoder.counts().unwrap();
+            assert_eq!(counts.level, None);
+        }
+    }
+
+    /// On a link with room real compressors waste next to nothing, whatever the level and the pages.
+    #[test]
+    fn wastes_little_on_a_link_with_room() {
+        for compression in ALL {
+            for pages in [text(), random()] {
+                let mut encoder = Encoder::new(compression).unwrap();
+                let mut out = Collected::default();
+                let units = 20_000u32;
+                (0..units).for_each(|_| drop(encode(&mut encoder, &pages, &Link::default(), &mut out)));
+                // The worker takes 10 us a unit besides.
+                let (counts, others) = (encoder.counts().unwrap(), Duration::from_micros(10) * units);
+                assert!(counts.wasted > Duration::ZERO, "{compression:?} was never tried");
+                assert_eq!((counts.wasted, counts.level), (counts.busy, None), "{compression:?}");
+                let part = counts.busy.as_secs_f64() / (others + counts.busy).as_secs_f64();
+                assert!(part < 0.05, "{compression:?}: {:.1} % of the time", part * 100.0);
+            }
+        }
     }
 }

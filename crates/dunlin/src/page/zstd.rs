@@ -3,23 +3,30 @@
 use super::{DecodeError, MAX_UNIT_BYTES};
 
 /// A channel's compressor.
-pub(super) struct Encoder(zstd::bulk::Compressor<'static>);
+pub(super) struct Encoder {
+    compressor: zstd::bulk::Compressor<'static>,
+    level: i32,
+}
 
 impl Encoder {
-    /// Of the given level, negative for speed.
-    ///
     /// # Errors
     /// When the library has no memory for it.
     pub(super) fn new(level: i32) -> std::io::Result<Self> {
-        zstd::bulk::Compressor::new(level).map(Self)
+        Ok(Self { compressor: zstd::bulk::Compressor::new(level)?, level })
     }
 
-    /// Appends the compressed `pages` to `encoded`, if that takes at most `limit` bytes.
-    pub(super) fn encode(&mut self, pages: &[u8], limit: usize, encoded: &mut Vec<u8>) -> bool {
+    /// Appends the compressed `pages` to `encoded`, if that takes at most `limit` bytes. The level is negative for speed.
+    pub(super) fn encode(&mut self, level: i32, pages: &[u8], limit: usize, encoded: &mut Vec<u8>) -> bool {
+        if level != self.level {
+            if self.compressor.set_compression_level(level).is_err() {
+                return false;
+            }
+            self.level = level;
+        }
         let begin = encoded.len();
         // The compressor gives up when the room does not do.
         encoded.resize(begin + limit, 0);
-        let compressed = self.0.compress_to_buffer(pages, encoded.get_mut(begin..).unwrap_or_default());
+        let compressed = self.compressor.compress_to_buffer(pages, encoded.get_mut(begin..).unwrap_or_default());
         encoded.truncate(begin + compressed.as_ref().map_or(0, |length| *length));
         compressed.is_ok()
     }

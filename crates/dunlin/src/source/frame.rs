@@ -1,6 +1,6 @@
 //! A Pages frame in the making: runs, their encodings, and the versions that they replace at the destination.
 //!
-//! Pages that are neither compressed nor kept for deltas stay where they are in guest RAM until the frame is sent. All
+//! Pages that are neither compressed, or tried, nor kept for deltas stay where they are in guest RAM until the frame is sent. All
 //! others are copied once, and encoded where the copy is. What must stay true: what a checksum or a version says of a
 //! page is what was sent.
 
@@ -22,6 +22,8 @@ pub(super) struct Frame {
     table: Vec<u8>,
     /// Plain pages stay where they are until the frame is sent.
     in_place: bool,
+    /// Pages of this round are kept for deltas.
+    keeps: bool,
     zero_copy: Switch,
     /// Where pages that stay are checked on their way.
     hot: Box<[u8]>,
@@ -48,16 +50,23 @@ impl Frame {
         let digest = (integrity == Integrity::Checksum).then(DataDigest::default);
         let contents = Contents { runs: Vec::new(), data_bytes: 0, digest, versions };
         let hot = vec![0; if integrity == Integrity::Checksum { HOT_BYTES } else { 0 }].into();
-        Self { contents, encodings: Encodings::default(), table: Vec::new(), in_place: false, zero_copy, hot }
+        Self {
+            contents,
+            encodings: Encodings::default(),
+            table: Vec::new(),
+            in_place: false,
+            keeps: false,
+            zero_copy,
+            hot,
+        }
     }
 
-    /// A round begins, of pages that `encoder` encodes.
-    pub(super) fn begin(&mut self, round: u32, encoder: &Encoder) {
-        let kept = self.contents.versions.as_mut().is_some_and(|versions| {
+    /// A round begins.
+    pub(super) fn begin(&mut self, round: u32) {
+        self.keeps = self.contents.versions.as_mut().is_some_and(|versions| {
             versions.begin(round);
             versions.admits()
         });
-        self.in_place = !kept && !encoder.compresses();
     }
 
     /// What `delta` did so far.
@@ -75,8 +84,17 @@ impl Frame {
         counters: &ChannelCounters,
     ) -> Result<(), MemoryError> {
         let length = bytes.end.saturating_sub(bytes.start);
+        if self.contents.data_bytes == 0 {
+            self.in_place = !self.keeps && !encoder.is_due();
+        }
+        // Zeros are found where they are, and need no copy.
+        if !self.keeps && !self.in_place && block.is_zero(bytes.clone())? {
+            Adding { block: index, contents: &mut self.contents, counters }.run(PageKind::Zero, bytes, 0);
+            return Ok(());
+        }
         let mut out = Adding { block: index, contents: &mut self.contents, counters };
         if self.in_place {
+            encoder.pass();
             return page::survey(block, bytes, |kind, bytes| {
                 let encoded = if kind == PageKind::Zero { 0 } else { bytes.end.saturating_sub(bytes.start) };
                 out.run(kind, bytes, encoded);
@@ -103,6 +121,11 @@ impl Frame {
         *data_bytes >= enough_bytes
             || data_bytes.saturating_add(MAX_UNIT_BYTES as u64) > u64::from(MAX_PAGES_BYTES)
             || runs.len() + ROOM > MAX_ENTRIES
+    }
+
+    /// Whether its pages are copied though nothing is to be compressed any more, or the other way round.
+    pub(super) fn is_outdated(&self, encoder: &Encoder) -> bool {
+        !self.keeps && self.contents.data_bytes > 0 && self.in_place == encoder.is_due()
     }
 
     /// Bytes on the link, but for the header.

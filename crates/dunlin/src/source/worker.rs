@@ -54,7 +54,7 @@ impl Worker {
             Some(clock) => clock.skip(),
             None => self.clock = Some(ChannelClock::start(self.counters.clone())),
         }
-        self.frame.begin(round, &self.encoder);
+        self.frame.begin(round);
         self.latest_bytes = 0;
         let mut first_chunk = 0;
         for (index, block) in common.ram.blocks().iter().enumerate() {
@@ -72,7 +72,7 @@ impl Worker {
         }
         let marked = Instant::now();
         lock(&self.sender).send(&Message::Mark(Mark { round }))?;
-        self.lap();
+        self.lap(Duration::ZERO);
         Ok(marked)
     }
 
@@ -168,7 +168,8 @@ impl Worker {
     }
 
     fn flush_if_full(&mut self) -> Result<(), Cause> {
-        if self.frame.is_full(self.frame_bytes()) { self.flush() } else { Ok(()) }
+        let full = self.frame.is_full(self.frame_bytes()) || self.frame.is_outdated(&self.encoder);
+        if full { self.flush() } else { Ok(()) }
     }
 
     /// Sends the frame in the making.
@@ -179,15 +180,22 @@ impl Worker {
         let bytes = self.frame.wire_bytes();
         let began = Instant::now();
         self.common.pacer.pay_for(bytes, self.frame_rate, &self.common.stop);
+        let paced = began.elapsed();
         self.frame.send(&self.common.ram, &mut lock(&self.sender))?;
-        self.link.sent(bytes, began.elapsed());
-        self.lap();
+        let took = began.elapsed();
+        // A destination that is behind would not go on earlier if less had to travel.
+        let of_link = paced.saturating_add(took.saturating_sub(paced).mul_f64(self.counters.link_share()));
+        self.link.sent(bytes, took, of_link);
+        self.lap(of_link);
         Ok(())
     }
 
-    fn lap(&mut self) {
+    /// Counts the worker's time, of which it waited at most `of_link` for the link.
+    fn lap(&mut self, of_link: Duration) {
         if let Some(clock) = &mut self.clock {
-            clock.lap();
+            let (busy, waiting) = clock.lap();
+            self.encoder.worked(busy.saturating_add(waiting.min(of_link)));
+            self.counters.set_compression(self.encoder.counts());
         }
     }
 }
