@@ -66,7 +66,7 @@ impl Codec {
         })?;
         let mut link = Link::default();
         let hour = Duration::from_secs(3600);
-        link.sent(1 << 30, hour, hour);
+        link.sent(1 << 30, hour, hour, false);
         Ok(Self { encoder, decoder: Decoder::default(), link, encodings: Encodings::default(), runs: Vec::new() })
     }
 

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use crate::channel::{Connection, More, Origin};
 use crate::error::Cause;
 use crate::memory::{GuestSlice, PAGE_SIZE};
-use crate::page::{CompressionCounts, PageKind};
-use crate::report::{ChannelReport, DeltaCounts, PageCounts};
+use crate::page::PageKind;
+use crate::report::{ChannelReport, CompressionReport, DeltaCounts, PageCounts};
 use crate::wire::{
     DataDigest, FrameHeader, FrameType, HEADER_BYTES, HELLO_BYTES, Message, PageRun, WireError, data_checksum,
     decode_runs, table_checksum,
@@ -45,7 +45,7 @@ pub(crate) struct ChannelCounters {
     /// How far the destination has kept up of late, of [`ALL`].
     keeps_up: AtomicU64,
     /// What the compressor did so far, where there is one.
-    compression: Mutex<Option<CompressionCounts>>,
+    compression: Mutex<Option<CompressionReport>>,
 }
 
 /// All of a share.
@@ -86,7 +86,7 @@ impl ChannelCounters {
     }
 
     /// What the compressor did so far.
-    pub(crate) fn set_compression(&self, counts: Option<CompressionCounts>) {
+    pub(crate) fn set_compression(&self, counts: Option<CompressionReport>) {
         *lock(&self.compression) = counts;
     }
 
@@ -99,6 +99,7 @@ impl ChannelCounters {
             busy_seconds: self.busy.load(Ordering::Relaxed) as f64 / 1e9,
             waiting_seconds: self.waiting.load(Ordering::Relaxed) as f64 / 1e9,
             link_bytes_per_second: self.link_speed.load(Ordering::Relaxed).checked_sub(1),
+            compression: *lock(&self.compression),
         }
     }
 }

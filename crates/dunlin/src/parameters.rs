@@ -343,9 +343,9 @@ parameters! {
         "Data channels beside the control channel, on transports that have several connections.";
     multifd_compression: MultifdCompression = "multifd-compression", Unit::Choice(COMPRESSIONS), 0, 0..=2,
         Source, AtStart,
-        "What pages are compressed with, where that is quicker than sending them as they are.";
+        "What pages are compressed with, where the link would take longer for the bytes saved than compressing takes. Trials that show it does not pay take at most 5 % of a channel's time.";
     multifd_zstd_level: i32 = "multifd-zstd-level", Unit::Count, 1, -131_072..=22, Source, AtStart,
-        "Level of zstd: the higher the shorter and slower; negative ones are the quickest.";
+        "The highest level of zstd that is used: the higher the shorter and slower; negative ones are the quickest. A lower level is used where the link is too fast for this one to pay.";
     xbzrle: Switch = "xbzrle", Unit::Switch, 0, 0..=1, Source, AtStart,
         "Whether pages sent again travel as what has changed in them.";
     xbzrle_cache_size: u64 = "xbzrle-cache-size", Unit::Bytes, 67_108_864, 32_768..=i64::MAX, Source, AtStart,

@@ -451,6 +451,21 @@ pub struct ChannelReport {
     /// link has room, or where that is not known.
     #[serde(default)]
     pub link_bytes_per_second: Option<u64>,
+    /// At the source: what the compressor did, if there is one.
+    #[serde(default)]
+    pub compression: Option<CompressionReport>,
+}
+
+/// What a channel's compressor did.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize, Serialize)]
+#[non_exhaustive]
+pub struct CompressionReport {
+    /// CPU time that it took.
+    pub busy_seconds: f64,
+    /// Of that, CPU time of trials that did not pay.
+    pub wasted_seconds: f64,
+    /// The level in use; nothing while pages travel as they are. LZ4 has only level 1.
+    pub level: Option<i32>,
 }
 
 /// CPU time of the engine's threads.

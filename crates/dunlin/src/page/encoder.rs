@@ -10,6 +10,7 @@ use super::trials::{Outcome, Trials};
 use super::{MAX_UNIT_BYTES, PageKind, delta, lz4, zero, zstd};
 use crate::link::thread_cpu_time;
 use crate::memory::{MemoryError, PAGE_SIZE, RamBlock};
+use crate::report::CompressionReport;
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// A unit is worth compressing if it then takes at most this part of its bytes.
@@ -32,17 +33,6 @@ pub(crate) enum Compression {
         /// -131072 to 22; the higher the shorter and the slower.
         level: i32,
     },
-}
-
-/// What a channel's compressor did.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub(crate) struct CompressionCounts {
-    /// CPU time of all of it.
-    pub(crate) busy: Duration,
-    /// Of that, CPU time of trials that did not pay.
-    pub(crate) wasted: Duration,
-    /// The level in use; `None` while pages travel as they are.
-    pub(crate) level: Option<i32>,
 }
 
 /// What becomes of the pages that are encoded.
@@ -135,15 +125,19 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// `bytes` took `time` to send, of which the link took `of_link`.
-    pub(crate) fn sent(&mut self, bytes: u64, time: Duration, of_link: Duration) {
+    /// `bytes` took `time` to send, of which the link took `of_link`. They were `compressed`, or travelled as they are.
+    pub(crate) fn sent(&mut self, bytes: u64, time: Duration, of_link: Duration, compressed: bool) {
         /// The measurement follows the link within about this much.
         const MEMORY_BYTES: f64 = (4u32 << 20) as f64;
+        /// Compressed bytes that are sent at once say little: the link has had time to carry those before them. Only if it
+        /// stays so has it become faster.
+        const SAYS_LITTLE: f64 = 1.0 / 16.0;
         let weight = (bytes as f64 / MEMORY_BYTES).min(1.0);
-        for (average, time) in [(&mut self.nanoseconds_a_byte, time), (&mut self.of_link, of_link)] {
-            let now = time.as_nanos() as f64 / (bytes as f64).max(1.0);
-            *average += (now - *average) * weight;
-        }
+        let a_byte = |time: Duration| time.as_nanos() as f64 / (bytes as f64).max(1.0);
+        self.nanoseconds_a_byte += (a_byte(time) - self.nanoseconds_a_byte) * weight;
+        let faster = a_byte(of_link) < self.of_link;
+        let weight = if compressed && faster { weight * SAYS_LITTLE } else { weight };
+        self.of_link += (a_byte(of_link) - self.of_link) * weight;
         self.sent_bytes = self.sent_bytes.saturating_add(bytes);
     }
 
@@ -227,14 +221,18 @@ impl Encoder {
     }
 
     /// What the compressor did; `None` if there is none.
-    pub(crate) fn counts(&self) -> Option<CompressionCounts> {
+    pub(crate) fn counts(&self) -> Option<CompressionReport> {
         let level = match (&self.compressor, self.trials.in_use()) {
             (Compressor::None, _) => return None,
             (_, None) => None,
             (Compressor::Lz4, Some(_)) => Some(1),
             (Compressor::Zstd(_, levels), Some(step)) => levels.get(step).copied(),
         };
-        Some(CompressionCounts { busy: self.busy, wasted: self.trials.wasted(), level })
+        Some(CompressionReport {
+            busy_seconds: self.busy.as_secs_f64(),
+            wasted_seconds: self.trials.wasted().as_secs_f64(),
+            level,
+        })
     }
 
     /// Encodes the `length` bytes of pages, at most [`MAX_UNIT_BYTES`], that have been copied into the room of

@@ -128,6 +128,11 @@ impl Frame {
         !self.keeps && self.contents.data_bytes > 0 && self.in_place == encoder.is_due()
     }
 
+    /// Whether pages in it are compressed.
+    pub(super) fn is_compressed(&self) -> bool {
+        self.contents.runs.iter().any(|run| matches!(run.kind, PageKind::Lz4 | PageKind::Zstd))
+    }
+
     /// Bytes on the link, but for the header.
     pub(super) fn wire_bytes(&self) -> u64 {
         self.contents.data_bytes.saturating_add((self.contents.runs.len() * ENTRY_BYTES) as u64)

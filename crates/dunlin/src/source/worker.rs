@@ -177,16 +177,18 @@ impl Worker {
         if self.frame.is_empty() {
             return Ok(());
         }
-        let bytes = self.frame.wire_bytes();
+        let (bytes, compressed) = (self.frame.wire_bytes(), self.frame.is_compressed());
         let began = Instant::now();
         self.common.pacer.pay_for(bytes, self.frame_rate, &self.common.stop);
         let paced = began.elapsed();
         self.frame.send(&self.common.ram, &mut lock(&self.sender))?;
         let took = began.elapsed();
         // A destination that is behind would not go on earlier if less had to travel.
-        let of_link = paced.saturating_add(took.saturating_sub(paced).mul_f64(self.counters.link_share()));
-        self.link.sent(bytes, took, of_link);
-        self.lap(of_link);
+        let waited = paced.saturating_add(took.saturating_sub(paced).mul_f64(self.counters.link_share()));
+        // A limit that others have left room under holds all the same.
+        let least = Duration::from_nanos(bytes.saturating_mul(1_000_000_000).checked_div(self.frame_rate).unwrap_or(0));
+        self.link.sent(bytes, took, waited.max(least), compressed);
+        self.lap(waited);
         Ok(())
     }
 
