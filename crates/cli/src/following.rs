@@ -85,5 +85,6 @@ fn advice(guest: GuestPlace, phase: Option<Phase>) -> &'static str {
         (GuestPlace::RunningAtDestination, _) => "end the source (dunlin quit)",
         (GuestPlace::PausedAtDestination, _) => "start it there (dunlin cont)",
         (GuestPlace::Undecided, _) => "ask the destination (dunlin status) before you decide (dunlin cont --take-back)",
+        _ => "run it anew",
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::guest::GuestEnd;
 use crate::machine::MachineError;
 use crate::memory::{MemoryError, TrackerError};
 use crate::parameters::ParameterError;
@@ -59,6 +60,7 @@ impl fmt::Display for Phase {
 /// Where the guest is now, as far as the side that says so can know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum GuestPlace {
     /// Running at the source.
     RunningAtSource,
@@ -73,17 +75,20 @@ pub enum GuestPlace {
     /// Released by the source, with no word from the destination: it may run there. It does not run at the source.
     /// On the destination: complete there, but not released as far as is known here.
     Undecided,
+    /// Nowhere: it has ended, and there is no guest to run.
+    Ended,
 }
 
 impl GuestPlace {
     /// All places, for the wire's numbering.
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::RunningAtSource,
         Self::PausedAtSource,
         Self::AtSource,
         Self::RunningAtDestination,
         Self::PausedAtDestination,
         Self::Undecided,
+        Self::Ended,
     ];
 }
 
@@ -96,6 +101,7 @@ impl fmt::Display for GuestPlace {
             Self::RunningAtDestination => "running at the destination",
             Self::PausedAtDestination => "paused at the destination",
             Self::Undecided => "undecided",
+            Self::Ended => "ended",
         })
     }
 }
@@ -282,6 +288,12 @@ pub enum Cause {
         /// Who cancelled.
         by: Side,
     },
+    /// The guest has ended, at the source: by itself, or with its process.
+    #[error("the guest ended ({end}) while it was being migrated; there is no guest to run")]
+    GuestEnded {
+        /// How.
+        end: GuestEnd,
+    },
     /// The VMM's own code failed.
     #[error("could not {step}: {source}")]
     Machine {
@@ -397,6 +409,7 @@ impl From<GuestError> for Cause {
     fn from(error: GuestError) -> Self {
         match error {
             GuestError::Machine { step, source } => Self::Machine { step, source },
+            GuestError::Ended { end } => Self::GuestEnded { end },
             error => Self::Guest(error),
         }
     }
@@ -430,6 +443,12 @@ pub enum GuestError {
     /// It has gone.
     #[error("the guest is not here any more: it was migrated away and belongs to the destination")]
     Gone,
+    /// It has ended.
+    #[error("the guest has ended ({end}) and cannot be started or migrated any more: run it anew")]
+    Ended {
+        /// How.
+        end: GuestEnd,
+    },
     /// It is being handed over at this moment.
     #[error("the guest is being handed over; try again when the migration has ended")]
     InHandover,

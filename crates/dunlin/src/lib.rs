@@ -40,7 +40,7 @@ pub use channel::{Uri, UriError};
 pub use destination::Destination;
 pub use dirty_rate::{DirtyRate, DirtyRateError, DirtyRateMode, DirtyRateRequest, DirtyRateStatus};
 pub use error::{Cause, GuestError, GuestPlace, MigrationError, Side};
-pub use guest::{Guest, GuestEvent, Ownership, StartPermit, TakeBack};
+pub use guest::{Guest, GuestEnd, GuestEvent, Ownership, StartPermit, TakeBack};
 pub use machine::{Claim, Machine, MachineError, Need, StateSection, SwitchoverCost, Vcpus};
 pub use parameters::{PARAMETERS, Parameters};
 pub use report::{Report, Status};

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use crate::guest::StartPermit;
+use crate::guest::{GuestEnd, StartPermit};
 use crate::memory::{DirtyTracker, Ram};
 
 /// An error of the VMM's own code, carried as the cause of a migration error.
@@ -50,6 +50,13 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// When the machine could not be stopped; it then goes on running.
     fn pause(&self) -> Result<(), MachineError>;
+
+    /// How the guest has ended by itself, if it has: it switched itself off, say. Asked right after each
+    /// [`pause`](Self::pause). An ended guest is not handed over; see [`Guest::ended`](crate::Guest::ended), which tells as soon
+    /// as it happens.
+    fn ended(&self) -> Option<GuestEnd> {
+        None
+    }
 
     /// Starts or restarts all vCPUs and devices under `permit`. Each vCPU asks [`StartPermit::enter`] each time right before
     /// it enters the guest, each device before its first output, and does nothing if the answer is no: this call may hang or

@@ -339,7 +339,13 @@ impl Acceptor<'_> {
             }
         });
         let link_timeout = lock(&self.shared.parameters).link_timeout;
-        let ground = Ground { contact: contact.clone(), link_timeout, cpu: self.shared.cpu.clone(), on_decision };
+        let ground = Ground {
+            contact: contact.clone(),
+            link_timeout,
+            cpu: self.shared.cpu.clone(),
+            on_decision,
+            on_end: Arc::new(|| {}),
+        };
         let coming = match self.shared.guest.begin_session(ground) {
             Ok(coming) => coming,
             Err(error) => {

@@ -347,6 +347,9 @@ impl<'a> Session<'a> {
             }
             Message::Abort(abort) => {
                 let heard = epoch(abort.epoch);
+                if matches!(abort.reason, AbortReason::Ended(_)) {
+                    self.shared.guest.coming_ended(self.coming);
+                }
                 self.cause = Some(peer_aborted(abort));
                 self.advance(DestinationEvent::Abort, heard)
             }
@@ -661,6 +664,7 @@ impl<'a> Session<'a> {
         let reason = match &self.cause {
             Some(Cause::Incompatible { .. }) => AbortReason::Refused,
             Some(Cause::Cancelled) => AbortReason::Cancelled,
+            Some(Cause::GuestEnded { end }) => AbortReason::Ended(*end),
             _ => AbortReason::Failed,
         };
         let text = match &self.cause {
@@ -735,6 +739,7 @@ fn peer_aborted(abort: Abort) -> Cause {
     let by = Side::Source;
     match abort.reason {
         AbortReason::Cancelled => Cause::CancelledByPeer { by },
+        AbortReason::Ended(end) => Cause::GuestEnded { end },
         AbortReason::Failed | AbortReason::Kept => Cause::Peer { by, reason: abort.text },
         AbortReason::Refused => Cause::Refused { by, reason: abort.text },
     }

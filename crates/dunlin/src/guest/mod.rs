@@ -1,7 +1,8 @@
 //! A machine and the right to run it.
 //!
 //! [`Guest`] is the gate through which everybody starts and stops the machine: the VMM's own commands and the
-//! migration. What must stay true: `Machine::resume` is called only here, and only while this side owns the guest.
+//! migration. What must stay true: `Machine::resume` is called only here, only while this side owns the guest, and not once
+//! the guest has ended.
 
 mod calls;
 mod ownership;
@@ -43,6 +44,58 @@ pub enum Ownership {
     Awaited,
 }
 
+/// How a guest has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum GuestEnd {
+    /// It switched itself off.
+    PoweredOff,
+    /// It said that it is done, at a port for that.
+    Exited,
+    /// It asked for a reset, and its machine does not start it again.
+    Reset,
+    /// Its vCPUs halted for good.
+    Halted,
+    /// A vCPU met a triple fault.
+    TripleFault,
+    /// It told its machine that it panicked.
+    Panicked,
+    /// It did not end by itself: its process was told to end, and the guest ends with it.
+    ProcessEnds,
+}
+
+impl GuestEnd {
+    /// Whether the vCPUs do nothing from then on, without being stopped.
+    fn stops_vcpus(self) -> bool {
+        self != Self::ProcessEnds
+    }
+
+    /// All ends, in the order of their numbers on the wire.
+    pub(crate) const ALL: [Self; 7] = [
+        Self::PoweredOff,
+        Self::Exited,
+        Self::Reset,
+        Self::Halted,
+        Self::TripleFault,
+        Self::Panicked,
+        Self::ProcessEnds,
+    ];
+}
+
+impl fmt::Display for GuestEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::PoweredOff => "powered off",
+            Self::Exited => "exited",
+            Self::Reset => "reset itself",
+            Self::Halted => "halted",
+            Self::TripleFault => "triple fault",
+            Self::Panicked => "panicked",
+            Self::ProcessEnds => "its process was told to end",
+        })
+    }
+}
+
 /// Something that happened to a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -51,6 +104,11 @@ pub enum GuestEvent {
     Stopped,
     /// Its vCPUs were started here.
     Resumed,
+    /// It has ended here. If it was running, [`Stopped`](Self::Stopped) came before.
+    Ended {
+        /// How.
+        end: GuestEnd,
+    },
     /// A migration of it has come to this status.
     Migration {
         /// Whether it is leaving or coming.
@@ -138,7 +196,26 @@ impl Guest {
 
     /// Whether it runs here.
     pub fn is_running(&self) -> bool {
-        self.state().running
+        self.state().runs()
+    }
+
+    /// How the guest has ended here, if it has.
+    pub fn end(&self) -> Option<GuestEnd> {
+        self.state().ended
+    }
+
+    /// Says that the guest has ended: it switched itself off, say. Its vCPUs must do nothing more, except where it ends with
+    /// its process and is still to be [stopped](Self::stop). It is not started again, and a migration out fails on both sides
+    /// with that reason. The first end counts. A VMM calls this from any thread, a vCPU's too: it waits for nothing.
+    ///
+    /// A machine that implements [`Machine::ended`] is asked besides each time that it has been paused, so that a guest is not
+    /// handed over that ended a moment before.
+    ///
+    /// # Errors
+    /// When the guest is not here, or not here any more: how it ended then belongs to its machine's state, and is for the side
+    /// to say that gets the guest.
+    pub fn ended(&self, end: GuestEnd) -> Result<(), GuestError> {
+        self.note_end(end)
     }
 
     /// Where the guest is, as far as `side` of a migration can know.
@@ -149,7 +226,7 @@ impl Guest {
     /// Starts or restarts the guest.
     ///
     /// # Errors
-    /// When it is not this side's to run, or the machine fails to.
+    /// When it is not this side's to run, it has ended, or the machine fails to.
     pub fn cont(&self) -> Result<(), GuestError> {
         self.operate(Resume::Run, Claim::Whole)
     }

@@ -3,14 +3,15 @@
 //! Every message of a handover, every decision of a person and every start and stop of the vCPUs changes one [`State`] under
 //! one lock. The VMM's own code runs without that lock: whoever is about to call it takes the *turn*, and gives it back
 //! when the call has ended or was given up. What must stay true: a row of a table that has the vCPUs started or stopped is
-//! entered only by the one that holds the turn; ownership is derived from the tables' states and stored nowhere else.
+//! entered only by the one that holds the turn; ownership is derived from the tables' states and stored nowhere else; a guest
+//! that has ended is not started, whatever a table says, and not released.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Guest, GuestEvent, Ownership, Resume, StartPermit, TakeBack};
+use super::{Guest, GuestEnd, GuestEvent, Ownership, Resume, StartPermit, TakeBack};
 use crate::clock::{BootInstant, Contact};
 use crate::error::{Cause, GuestError, GuestPlace, MachineStep, Side};
 use crate::guest::permit::Used;
@@ -58,7 +59,7 @@ enum Charge {
     Coming,
 }
 
-/// What happens when a person has decided.
+/// What happens when a person has decided, or the guest has ended.
 pub(crate) type OnDecision = Arc<dyn Fn() + Send + Sync>;
 
 /// The guest's latest way out.
@@ -83,6 +84,7 @@ struct Leaving {
     cpu: Arc<CpuTime>,
     times: Times,
     on_decision: OnDecision,
+    on_end: OnDecision,
 }
 
 /// The guest's latest way in.
@@ -101,6 +103,8 @@ struct Coming {
     expired: u32,
     /// The source has let go of everything.
     settled: bool,
+    /// The source has said that the guest has ended there.
+    ended: bool,
     contact: Arc<Contact>,
     link_timeout: Duration,
     cpu: Arc<CpuTime>,
@@ -117,6 +121,8 @@ pub(crate) struct Ground {
     pub(crate) cpu: Arc<CpuTime>,
     /// Called, without a lock held, after a person has decided.
     pub(crate) on_decision: OnDecision,
+    /// Called, without a lock held, once a guest that leaves has ended. It must return at once.
+    pub(crate) on_end: OnDecision,
 }
 
 /// When what happened to a guest that leaves.
@@ -135,8 +141,10 @@ pub(super) struct State {
     charge: Charge,
     leaving: Option<Leaving>,
     coming: Option<Coming>,
-    /// The vCPUs run here, as far as is known.
+    /// The vCPUs run here, as far as is known. Those of a guest that has ended do so until the machine is paused.
     pub(super) running: bool,
+    /// How the guest has ended.
+    pub(super) ended: Option<GuestEnd>,
     /// What they run under, or were last to run under.
     permit: Option<StartPermit>,
     /// What the VMM is being called for, and since when. Whoever called holds the turn.
@@ -153,6 +161,7 @@ impl fmt::Debug for State {
             .field("leaving", &self.leaving.as_ref().map(|leaving| leaving.state))
             .field("coming", &self.coming.as_ref().map(|coming| coming.state))
             .field("running", &self.running)
+            .field("ended", &self.ended)
             .field("turn", &self.turn)
             .field("migrating", &self.migrating)
             .finish_non_exhaustive()
@@ -216,7 +225,23 @@ enum Start {
 impl State {
     pub(super) fn new(ownership: Ownership) -> Self {
         let charge = if ownership == Ownership::Here { Charge::Here } else { Charge::Awaited };
-        Self { charge, leaving: None, coming: None, running: false, permit: None, turn: None, migrating: false, ids: 0 }
+        Self {
+            charge,
+            leaving: None,
+            coming: None,
+            running: false,
+            ended: None,
+            permit: None,
+            turn: None,
+            migrating: false,
+            ids: 0,
+        }
+    }
+
+    /// What is to be done, without the lock, now that the guest has ended while it was leaving.
+    fn on_end(&self) -> Option<OnDecision> {
+        self.ended?;
+        self.leaving.as_ref().filter(|_| self.charge == Charge::Leaving && self.migrating).map(|l| l.on_end.clone())
     }
 
     fn new_id(&mut self) -> u64 {
@@ -264,6 +289,8 @@ impl State {
 
     pub(super) fn place(&self, side: Side) -> GuestPlace {
         match (self.ownership(), side, self.running) {
+            (Ownership::Here | Ownership::HandingOver, ..) if self.ended.is_some() => GuestPlace::Ended,
+            (Ownership::Awaited, ..) if self.ended_at_source() => GuestPlace::Ended,
             (Ownership::Undecided, ..) => GuestPlace::Undecided,
             (Ownership::Gone, ..) => match self.leaving.as_ref().map(|leaving| leaving.run) {
                 Some(Resume::Run) => GuestPlace::RunningAtDestination,
@@ -275,6 +302,23 @@ impl State {
             (_, Side::Destination, true) => GuestPlace::RunningAtDestination,
             (_, Side::Destination, false) => GuestPlace::PausedAtDestination,
         }
+    }
+
+    /// The source of the latest migration in has said that the guest has ended there.
+    fn ended_at_source(&self) -> bool {
+        self.coming_state().is_some() && self.coming.as_ref().is_some_and(|coming| coming.ended)
+    }
+
+    /// The vCPUs run here, and the guest has not ended.
+    pub(super) fn runs(&self) -> bool {
+        self.running && !self.ended.is_some_and(GuestEnd::stops_vcpus)
+    }
+
+    fn must_not_have_ended(&self) -> Result<(), GuestError> {
+        if seeded(Fault::EndForgotten) {
+            return Ok(());
+        }
+        self.ended.map_or(Ok(()), |end| Err(GuestError::Ended { end }))
     }
 
     pub(super) fn must_be_here(&self) -> Result<(), GuestError> {
@@ -431,7 +475,8 @@ impl Guest {
     fn start_vcpus<'a>(&'a self, mut state: MutexGuard<'a, State>, plan: StartPlan) -> (MutexGuard<'a, State>, Start) {
         let StartPlan { permit, claim, run, limit, cpu } = plan;
         state.permit = Some(permit.clone());
-        let resumes = run == Resume::Run && !state.running;
+        let ended_before = state.ended.is_some();
+        let resumes = run == Resume::Run && !state.running && !ended_before;
         let (mut state, start) = self.with_turn(state, MachineStep::Resume, |guest| {
             let deadline = now() + limit;
             let left = || deadline.saturating_duration_since(now());
@@ -466,6 +511,13 @@ impl Guest {
         if matches!(start, Start::Done) && resumes {
             state.running = true;
             self.tell(GuestEvent::Resumed);
+            if !state.runs() {
+                self.tell(GuestEvent::Stopped);
+            }
+        }
+        if let Some(end) = state.ended.filter(|_| !ended_before) {
+            // Before the start was over.
+            self.tell(GuestEvent::Ended { end });
         }
         (state, start)
     }
@@ -492,7 +544,39 @@ impl Guest {
         }
     }
 
-    /// Stops the vCPUs.
+    /// See [`Guest::ended`].
+    pub(super) fn note_end(&self, end: GuestEnd) -> Result<(), GuestError> {
+        let mut state = self.state();
+        match state.must_be_here() {
+            // What the guest did before it was paused may be told late.
+            Err(GuestError::InHandover) | Ok(()) => {}
+            Err(error) => return Err(error),
+        }
+        self.set_end(&mut state, end);
+        let on_end = state.on_end();
+        drop(state);
+        on_end.iter().for_each(|act| act());
+        Ok(())
+    }
+
+    /// The guest has ended; the first end counts.
+    fn set_end(&self, state: &mut State, end: GuestEnd) {
+        if state.ended.is_some() {
+            return;
+        }
+        let ran = state.runs();
+        state.ended = Some(end);
+        if matches!(state.turn, Some((MachineStep::Resume, _))) {
+            // Told when the start is.
+            return;
+        }
+        if ran && !state.runs() {
+            self.tell(GuestEvent::Stopped);
+        }
+        self.tell(GuestEvent::Ended { end });
+    }
+
+    /// Stops the vCPUs, and looks whether the guest has ended.
     fn stop_vcpus<'a>(
         &'a self,
         state: MutexGuard<'a, State>,
@@ -504,13 +588,22 @@ impl Guest {
         }
         let permit = state.permit.clone();
         let (mut state, stopped) = self.with_turn(state, MachineStep::Pause, |guest| {
-            guest.calls.call(MachineStep::Pause, limit, cpu, |machine| machine.pause())
+            guest.calls.call(MachineStep::Pause, limit, cpu, |machine| {
+                machine.pause()?;
+                Ok(machine.ended())
+            })
         });
-        match &stopped {
-            Ok(()) => {
-                state.running = false;
+        let stopped = stopped.map(|end| {
+            if state.runs() {
                 self.tell(GuestEvent::Stopped);
             }
+            state.running = false;
+            if let Some(end) = end {
+                self.set_end(&mut state, end);
+            }
+        });
+        match &stopped {
+            Ok(()) => {}
             // It goes on, and if it stops after all it is started again.
             Err(GuestError::MachineTooSlow { .. }) => {
                 let permit = permit.unwrap_or_else(StartPermit::unlimited);
@@ -538,8 +631,13 @@ impl Guest {
         }
         let cpu = Arc::default();
         if run == Resume::StayPaused {
-            return self.stop_vcpus(state, OPERATOR_LIMIT, &cpu).1;
+            let (state, stopped) = self.stop_vcpus(state, OPERATOR_LIMIT, &cpu);
+            let on_end = state.on_end();
+            drop(state);
+            on_end.iter().for_each(|act| act());
+            return stopped;
         }
+        state.must_not_have_ended()?;
         if state.running {
             return Ok(());
         }
@@ -559,11 +657,12 @@ impl Guest {
     pub(crate) fn begin_outgoing(&self, ground: Ground) -> Result<u64, GuestError> {
         let mut state = self.state();
         state.must_be_here()?;
+        state.must_not_have_ended()?;
         if std::mem::replace(&mut state.migrating, true) {
             return Err(GuestError::Busy);
         }
         let id = state.new_id();
-        let Ground { contact, link_timeout, cpu, on_decision } = ground;
+        let Ground { contact, link_timeout, cpu, on_decision, on_end } = ground;
         state.leaving = Some(Leaving {
             id,
             state: SourceState::Running,
@@ -579,6 +678,7 @@ impl Guest {
             cpu,
             times: Times::default(),
             on_decision,
+            on_end,
         });
         state.charge = Charge::Leaving;
         drop(state);
@@ -611,7 +711,7 @@ impl Guest {
             _ => return Err(GuestError::Occupied),
         }
         let id = state.new_id();
-        let Ground { contact, link_timeout, cpu, on_decision } = ground;
+        let Ground { contact, link_timeout, cpu, on_decision, on_end: _ } = ground;
         state.coming = Some(Coming {
             id,
             state: DestinationState::Loading,
@@ -623,6 +723,7 @@ impl Guest {
             asked: VecDeque::new(),
             expired: 0,
             settled: false,
+            ended: false,
             contact,
             link_timeout,
             cpu,
@@ -708,6 +809,13 @@ impl Guest {
         }
     }
 
+    /// The source of migration `id` in has said that the guest has ended there.
+    pub(crate) fn coming_ended(&self, id: u64) {
+        if let Ok(coming) = self.state().coming(id) {
+            coming.ended = true;
+        }
+    }
+
     /// The source of migration `id` in can be heard again.
     pub(crate) fn reconnected(&self, id: u64) {
         if let Ok(coming) = self.state().coming(id) {
@@ -754,8 +862,8 @@ impl Guest {
     /// An event of migration `id` out: the next state, ownership with it, and what is to be done to the guest is done.
     ///
     /// # Errors
-    /// When the event has no place there, a cancelled guest would be released, or the machine does not give up what the
-    /// other side needs. Nothing has changed then.
+    /// When the event has no place there, a guest that was cancelled or has ended would be released, or the machine does not
+    /// give up what the other side needs. Nothing has changed then.
     pub(crate) fn leave(&self, id: u64, event: SourceEvent, heard: Heard, limit: Duration) -> Result<Left<'_>, Cause> {
         self.leave_if(id, event, heard, limit, TakeBack::WhenSilent, |_| Ok(()))
     }
@@ -775,6 +883,7 @@ impl Guest {
         let mut claim_given_up = false;
         let (before, next, actions, run, cpu) = loop {
             let busy = state.turn.is_some();
+            let ended = state.must_not_have_ended();
             let leaving = state.leaving(id)?;
             allowed(leaving)?;
             let event = match leaving.meaning(event, heard) {
@@ -785,6 +894,9 @@ impl Guest {
             };
             let (next, actions) = leaving.state.on(event)?;
             let gives_away = leaving.state == SourceState::Offered && actions.contains(&SendRelease);
+            if gives_away {
+                ended?;
+            }
             if gives_away && leaving.cancelled {
                 return Err(Cause::Cancelled);
             }
@@ -833,7 +945,8 @@ impl Guest {
             }
             let (locked, stopped) = self.stop_vcpus(state, left, &cpu);
             state = locked;
-            stopped
+            // Also one that ended in this very moment is not handed over.
+            stopped.and_then(|()| if next == SourceState::Paused { state.must_not_have_ended() } else { Ok(()) })
         } else if actions.contains(&ResumeGuest) {
             let claim = match (before, rule) {
                 (SourceState::Paused, _) => None,

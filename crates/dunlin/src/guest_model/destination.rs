@@ -150,7 +150,13 @@ fn begin(world: &Arc<World>, end: super::End, tell: &mpsc::Sender<Ended>) -> boo
     let (to_self, events) = mpsc::channel();
     let deciding = to_self.clone();
     let on_decision = Arc::new(move || drop(deciding.send(Event::Decided)));
-    let ground = Ground { contact: contact.clone(), link_timeout: LINK_TIMEOUT, cpu: cpu.clone(), on_decision };
+    let ground = Ground {
+        contact: contact.clone(),
+        link_timeout: LINK_TIMEOUT,
+        cpu: cpu.clone(),
+        on_decision,
+        on_end: Arc::new(|| {}),
+    };
     let Ok(coming) = guest.begin_session(ground) else { return false };
     *lock(&world.session) = Some(Current { coming, events: to_self.clone() });
     let mut session = Session {

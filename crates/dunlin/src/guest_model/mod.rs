@@ -19,7 +19,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::error::Cause;
-use crate::guest::{Guest, Ownership, TakeBack};
+use crate::guest::{Guest, GuestEnd, Ownership, TakeBack};
 use crate::sync::control::{self, fail, note, random, spawn_on};
 use crate::sync::simulated::{Simulation, seeded};
 use crate::sync::{Fault, JoinHandle, mpsc, sleep};
@@ -271,6 +271,9 @@ impl World {
         if self.vm(other).runs() && !self.is_dead(other) && !control::was_careless() {
             fail(format!("two guests: a vCPU of host {host} enters while one of host {other} runs"));
         }
+        if self.vm(other).has_ended() && !self.broken && !control::was_careless() {
+            fail(format!("a guest that has ended on host {other} runs on host {host}"));
+        }
         if host == B {
             self.arrived.store(true, Ordering::Release);
         }
@@ -472,6 +475,13 @@ fn step(world: &Arc<World>) {
             }));
         }
         18 if random(|random| random.one_in(3)) => decide(world, host, true),
+        18 => on(world, host, "guest", move |world| {
+            // Whoever has it run here tells at once, or only its machine knows.
+            if world.vm(host).end() && random(|random| random.one_in(2)) {
+                let done = world.guest(host).ended(GuestEnd::PoweredOff);
+                note(|| format!("told: {done:?}"));
+            }
+        }),
         24 | 25 if world.becomes_undecided(B) => {
             // The source dies when all is ready, and a person takes the guest over.
             world.die(A);
@@ -679,4 +689,5 @@ found! {
     finds_an_old_release: OldRelease,
     finds_a_take_over_that_throws_away: TakeOverThrowsAway,
     finds_a_decision_unlocked: DecisionUnlocked,
+    finds_an_end_forgotten: EndForgotten,
 }

@@ -59,6 +59,9 @@ pub(super) fn migrate(world: &Arc<World>) {
     let (contact, cpu) = (Arc::default(), Arc::default());
     let decided: Arc<std::sync::OnceLock<std::sync::Weak<Shared>>> = Arc::default();
     let (telling, world_of) = (decided.clone(), Arc::downgrade(world));
+    let (events, incoming) = mpsc::channel();
+    let ending = events.clone();
+    let on_end = Arc::new(move || drop(ending.send(Event::Cancel)));
     let on_decision = Arc::new(move || {
         let (Some(shared), Some(world)) = (telling.get().and_then(std::sync::Weak::upgrade), world_of.upgrade()) else {
             return;
@@ -67,8 +70,13 @@ pub(super) fn migrate(world: &Arc<World>) {
         world.tells.store(true, Ordering::Release);
         drop(spawn_on(A, "source tells", move || tell(&world, &shared, world.handover_timeout, None)));
     });
-    let ground =
-        Ground { contact: Arc::clone(&contact), link_timeout: LINK_TIMEOUT, cpu: Arc::clone(&cpu), on_decision };
+    let ground = Ground {
+        contact: Arc::clone(&contact),
+        link_timeout: LINK_TIMEOUT,
+        cpu: Arc::clone(&cpu),
+        on_decision,
+        on_end,
+    };
     let Ok(id) = guest.begin_outgoing(ground) else { return };
     let parameters = Parameters { link_timeout: LINK_TIMEOUT, ..Parameters::default() };
     let shared = Arc::new(Shared {
@@ -100,12 +108,12 @@ pub(super) fn migrate(world: &Arc<World>) {
         threads: Default::default(),
     });
     let _ = decided.set(Arc::downgrade(&shared));
-    let (events, incoming) = mpsc::channel();
     *lock(&world.source) = Some(Arc::new(Handle { shared: shared.clone(), events: events.clone() }));
     let mut line = None;
     let done = switch_over(world, &shared, &events, &incoming, &mut line);
     note(|| format!("the migration: {done:?}"));
     if let Err(cause) = done {
+        let cause = shared.or_wanted(cause);
         let failing = begin_to_fail(&shared, &cause);
         let failed = end_failing(world, &shared, line.as_ref(), cause, failing);
         note(|| format!("which ends as {failed:?}"));

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use super::World;
-use crate::guest::StartPermit;
+use crate::guest::{GuestEnd, StartPermit};
 use crate::machine::{Claim, Machine, MachineError, StateSection, SwitchoverCost};
 use crate::memory::{DirtyTracker, Ram};
 use crate::sync::control::{fail, note, random};
@@ -30,6 +30,8 @@ pub(super) struct Vm {
     wish: Mutex<Wish>,
     changed: Arc<Condvar>,
     running: AtomicBool,
+    /// The guest has ended here, by itself.
+    ended: AtomicBool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +63,7 @@ impl Vm {
             wish: Mutex::default(),
             changed: Arc::default(),
             running: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
         })
     }
 
@@ -84,11 +87,31 @@ impl Vm {
         self.runs() || lock(&self.wish).permit.as_ref().is_some_and(|permit| broken || permit.was_entered())
     }
 
+    /// Whether the guest has ended here by itself.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// The guest ends by itself, if it runs here; tells whether it has.
+    pub(super) fn end(&self) -> bool {
+        let mut wish = lock(&self.wish);
+        if !wish.runs {
+            return false;
+        }
+        note(|| format!("the guest ends on host {}", self.host));
+        self.ended.store(true, Ordering::Release);
+        self.changed.notify_all();
+        while wish.runs {
+            wish = self.changed.wait(wish).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+        true
+    }
+
     /// The vCPU's thread.
     pub(super) fn vcpu(&self) {
         let mut wish = lock(&self.wish);
         loop {
-            let Some(permit) = wish.permit.clone() else {
+            let Some(permit) = wish.permit.clone().filter(|_| !self.has_ended()) else {
                 wish = self.changed.wait(wish).unwrap_or_else(std::sync::PoisonError::into_inner);
                 continue;
             };
@@ -96,7 +119,7 @@ impl Vm {
             drop(wish);
             sleep(late);
             wish = lock(&self.wish);
-            if wish.permit.is_none() {
+            if wish.permit.is_none() || self.has_ended() {
                 continue;
             }
             drop(wish);
@@ -110,7 +133,7 @@ impl Vm {
             }
             wish = lock(&self.wish);
             wish.runs = entered;
-            while entered && wish.permit.is_some() && permit.is_valid() {
+            while entered && wish.permit.is_some() && permit.is_valid() && !self.has_ended() {
                 wish = self.changed.wait(wish).unwrap_or_else(std::sync::PoisonError::into_inner);
             }
             if entered {
@@ -198,6 +221,10 @@ impl Machine for Vm {
             sleep(Duration::from_millis(random(|random| random.below(1500))));
         }
         Ok(())
+    }
+
+    fn ended(&self) -> Option<GuestEnd> {
+        self.has_ended().then_some(GuestEnd::PoweredOff)
     }
 
     fn resume(&self, permit: &StartPermit) -> Result<(), MachineError> {

@@ -121,7 +121,7 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
     match contain("source", || migration.precopy().and_then(|round| migration.switch_over(round + 1))) {
         Ok(()) => Ok(()),
         Err(cause) => {
-            let cause = shared.or_cancelled(cause);
+            let cause = shared.or_wanted(cause);
             let Migration { control, workers, .. } = migration;
             // The guest first: it may be paused, and joining threads takes its time.
             let failed = switchover::begin_to_fail(shared, &cause);

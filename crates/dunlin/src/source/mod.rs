@@ -50,7 +50,7 @@ enum Event {
     Message(Message, Place),
     /// The control connection is lost.
     Lost(Cause),
-    /// Somebody asked for an end.
+    /// Somebody asked for an end, or the guest has ended.
     Cancel,
     /// Somebody has the migration go on from pre-switchover.
     Continue,
@@ -69,7 +69,7 @@ struct Shared {
     pacer: Arc<Pacer>,
     /// The guest is stopped, and the bandwidth limit is what it is then.
     paced_stopped: AtomicBool,
-    /// Somebody asked for an end.
+    /// Somebody asked for an end, or the guest has ended.
     stop: AtomicBool,
     /// The handle was dropped: nobody waits for an answer any more.
     abandoned: AtomicBool,
@@ -196,9 +196,23 @@ impl Shared {
         cause
     }
 
-    /// What ended a migration that somebody wants ended: not what became of its connections then.
-    fn or_cancelled(&self, cause: Cause) -> Cause {
+    /// What ended a migration that somebody wants ended, or whose guest has ended: not what became of its connections then.
+    fn or_wanted(&self, cause: Cause) -> Cause {
+        if let Some(end) = self.guest.end() {
+            return Cause::GuestEnded { end };
+        }
         if cause.is_of_link() && self.stop.load(Ordering::Acquire) { Cause::Cancelled } else { cause }
+    }
+
+    /// Has the driving thread end the migration, whatever it waits for.
+    fn end_soon(&self) {
+        self.stop.store(true, Ordering::Release);
+        if let Some(connection) = &*lock(&self.greeting) {
+            connection.shutdown();
+        }
+        if let Some(events) = &*lock(&self.events) {
+            let _ = events.send(Event::Cancel);
+        }
     }
 
     /// Why the control connection was lost: the watch knows better than the socket.
@@ -373,16 +387,22 @@ impl Source {
         parameters.check().map_err(|e| failed(e.into()))?;
         let contact: Arc<Contact> = Arc::default();
         let cpu: Arc<CpuTime> = Arc::default();
-        let decided: Arc<OnceLock<Weak<Shared>>> = Arc::default();
+        let later: Arc<OnceLock<Weak<Shared>>> = Arc::default();
         let id = {
-            let decided = decided.clone();
+            let (decided, ended) = (later.clone(), later.clone());
             let on_decision = Arc::new(move || {
                 if let Some(shared) = decided.get().and_then(Weak::upgrade) {
                     switchover::on_decision(&shared);
                 }
             });
+            let on_end = Arc::new(move || {
+                if let Some(shared) = ended.get().and_then(Weak::upgrade) {
+                    shared.end_soon();
+                }
+            });
             let (contact, cpu, link_timeout) = (contact.clone(), cpu.clone(), parameters.link_timeout);
-            guest.begin_outgoing(Ground { contact, link_timeout, cpu, on_decision }).map_err(|e| failed(e.into()))?
+            let ground = Ground { contact, link_timeout, cpu, on_decision, on_end };
+            guest.begin_outgoing(ground).map_err(|e| failed(Cause::Guest(e)))?
         };
         let given = uri.given().map_err(|cause| {
             guest.end_migration();
@@ -423,7 +443,11 @@ impl Source {
             round_trip: Mutex::new(Duration::from_secs(1)),
             threads: Mutex::default(),
         });
-        let _ = decided.set(Arc::downgrade(&shared));
+        let _ = later.set(Arc::downgrade(&shared));
+        if guest.end().is_some() {
+            // In between, where nobody could be told.
+            shared.end_soon();
+        }
         let driver = shared.clone();
         let thread = spawn("source", move || migration::run(&driver, &sender, &incoming)).map_err(|cause| {
             guest.end_migration();
@@ -453,14 +477,8 @@ impl Source {
                 return Ok(());
             }
             shared.set_status(&mut report, Status::Cancelling);
-            shared.stop.store(true, Ordering::Release);
         }
-        if let Some(connection) = &*lock(&shared.greeting) {
-            connection.shutdown();
-        }
-        if let Some(events) = &*lock(&shared.events) {
-            let _ = events.send(Event::Cancel);
-        }
+        shared.end_soon();
         Ok(())
     }
 

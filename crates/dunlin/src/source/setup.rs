@@ -270,7 +270,10 @@ fn features(parameters: &Parameters) -> Vec<Feature> {
 pub(super) fn aborted(abort: &crate::wire::Abort) -> Cause {
     let by = Side::Destination;
     match abort.reason {
-        AbortReason::Failed | AbortReason::Kept => Cause::Peer { by, reason: abort.text.clone() },
+        // The guest is here: that it ended is not for the other side to say.
+        AbortReason::Failed | AbortReason::Kept | AbortReason::Ended(_) => {
+            Cause::Peer { by, reason: abort.text.clone() }
+        }
         AbortReason::Cancelled => Cause::CancelledByPeer { by },
         AbortReason::Refused => Cause::Refused { by, reason: abort.text.clone() },
     }

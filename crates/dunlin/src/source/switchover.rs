@@ -132,6 +132,7 @@ fn send(shared: &Shared, left: &Left<'_>, cause: Option<&Cause>, out: Out<'_>) -
 fn abort(shared: &Shared, epoch: u64, cause: Option<&Cause>) -> Abort {
     let reason = match cause {
         Some(Cause::Cancelled | Cause::CancelledByPeer { .. }) => AbortReason::Cancelled,
+        Some(Cause::GuestEnded { end }) => AbortReason::Ended(*end),
         _ => AbortReason::Failed,
     };
     let text = cause.map_or_else(|| "the source took the guest back".to_owned(), ToString::to_string);
@@ -461,7 +462,7 @@ pub(super) fn end_failing(
 
 /// A failure before there was anything to stop.
 pub(super) fn fail(shared: &Shared, control: Option<&Control>, cause: Cause) -> Result<(), Cause> {
-    let cause = shared.or_cancelled(cause);
+    let cause = shared.or_wanted(cause);
     let failing = begin_to_fail(shared, &cause);
     end_failing(shared, control, cause, failing)
 }

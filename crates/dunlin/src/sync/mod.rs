@@ -31,6 +31,8 @@ pub(crate) enum Fault {
     ConnectedForNothing,
     /// Who has no handle cannot decide.
     HandleDecides,
+    /// A guest that has ended is handed over, and started, as any other.
+    EndForgotten,
 }
 
 #[cfg(not(test))]

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::error::GuestPlace;
+use crate::guest::GuestEnd;
 use crate::machine::Need;
 use crate::page::PageKind;
 use crate::report::{DeltaCounts, PageCounts};
@@ -105,6 +106,16 @@ fn messages() -> Vec<(&'static str, u64, Message)> {
                 guest: GuestPlace::Undecided,
                 epoch: 2,
                 text: "cancelled".into(),
+            }),
+        ),
+        (
+            "abort-ended",
+            15,
+            Message::Abort(Abort {
+                reason: AbortReason::Ended(GuestEnd::Reset),
+                guest: GuestPlace::Ended,
+                epoch: 1,
+                text: "reset".into(),
             }),
         ),
         ("query", 12, Message::Query { epoch: 3 }),

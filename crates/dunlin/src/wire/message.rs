@@ -6,6 +6,7 @@ use super::WireError;
 use super::codec::{Reader, Writer};
 use super::frame::FrameType;
 use crate::error::GuestPlace;
+use crate::guest::GuestEnd;
 use crate::machine::Need;
 use crate::memory::Ram;
 use crate::page::PageKind;
@@ -213,6 +214,8 @@ pub(crate) enum AbortReason {
     Refused,
     /// Nothing ends: this side keeps the guest, paused, which has run there or may have. A person decides.
     Kept,
+    /// The guest has ended, at the source: there is none to run.
+    Ended(GuestEnd),
 }
 
 /// Either way: this side ends the migration. From the destination it means, unless the reason is Kept, that the guest will
@@ -337,16 +340,22 @@ fn flag(value: u8) -> Result<bool, WireError> {
 }
 
 impl AbortReason {
-    const ALL: [Self; 4] = [Self::Failed, Self::Cancelled, Self::Refused, Self::Kept];
+    /// The first is number 0.
+    const NOT_ENDED: [Self; 4] = [Self::Failed, Self::Cancelled, Self::Refused, Self::Kept];
+
+    /// All reasons, by their numbers: the guest's ends come last, so that there can be more.
+    fn all() -> impl Iterator<Item = Self> {
+        Self::NOT_ENDED.into_iter().chain(GuestEnd::ALL.map(Self::Ended))
+    }
 }
 
 /// The number of `value` among `all`, and back: how enums travel.
-fn number<T: PartialEq>(all: &[T], value: &T) -> u8 {
-    all.iter().position(|v| v == value).unwrap_or(0) as u8
+fn number<T: PartialEq>(all: impl IntoIterator<Item = T>, value: &T) -> u8 {
+    all.into_iter().position(|v| v == *value).unwrap_or(0) as u8
 }
 
-fn numbered<T: Copy>(all: &[T], number: u8, what: &'static str) -> Result<T, WireError> {
-    all.get(usize::from(number)).copied().ok_or(WireError::Value { what, value: u64::from(number) })
+fn numbered<T>(all: impl IntoIterator<Item = T>, number: u8, what: &'static str) -> Result<T, WireError> {
+    all.into_iter().nth(usize::from(number)).ok_or(WireError::Value { what, value: u64::from(number) })
 }
 
 impl Message {
@@ -439,8 +448,8 @@ impl Message {
                 out.u64(duration_out(done.cpu));
             }
             Self::Abort(abort) => {
-                out.u8(number(&AbortReason::ALL, &abort.reason));
-                out.u8(number(&GuestPlace::ALL, &abort.guest));
+                out.u8(number(AbortReason::all(), &abort.reason));
+                out.u8(number(GuestPlace::ALL, &abort.guest));
                 out.u64(abort.epoch);
                 out.text(&abort.text, MAX_TEXT_BYTES);
             }
@@ -553,8 +562,8 @@ impl Message {
                 cpu: Duration::from_nanos(input.u64()?),
             }),
             FrameType::Abort => Self::Abort(Abort {
-                reason: numbered(&AbortReason::ALL, input.u8()?, "the reason of an Abort")?,
-                guest: numbered(&GuestPlace::ALL, input.u8()?, "the guest's place")?,
+                reason: numbered(AbortReason::all(), input.u8()?, "the reason of an Abort")?,
+                guest: numbered(GuestPlace::ALL, input.u8()?, "the guest's place")?,
                 epoch: input.u64()?,
                 text: input.text()?,
             }),

@@ -98,6 +98,7 @@ CASES = {
     "running": frame(10, 9, struct.pack("<QQQQ", 1000, 2000, 3000, 2)),
     "done": frame(11, 10, struct.pack("<QQQQQQQQ", 5_000_000, *range(1, 7), 7)),
     "abort": frame(12, 11, struct.pack("<BBQH", 1, 5, 2, 9) + b"cancelled"),
+    "abort-ended": frame(12, 15, struct.pack("<BBQH", 6, 6, 1, 5) + b"reset"),
     "query": frame(13, 12, struct.pack("<Q", 3)),
     "heartbeat": frame(14, 13, struct.pack("<QQ", 1 << 40, 3)),
     "stopped": frame(15, 14, struct.pack("<QQB", 8, 4096, 1)),

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use dunlin::memory::{DirtyBitmap, DirtyTracker, Ram, RamBlock};
-use dunlin::{Claim, Machine, MachineError, StartPermit, StateSection, SwitchoverCost};
+use dunlin::{Claim, GuestEnd, Machine, MachineError, StartPermit, StateSection, SwitchoverCost};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
@@ -619,6 +619,10 @@ impl Machine for KvmMachine {
         let _control = self.control()?;
         self.halt()?;
         Ok(())
+    }
+
+    fn ended(&self) -> Option<GuestEnd> {
+        self.devices.bus().ended().map(GuestEnd::from)
     }
 
     fn resume(&self, permit: &StartPermit) -> Result<(), MachineError> {

@@ -19,13 +19,14 @@ const STATUSES: [Status; 9] = [
     Status::Cancelled,
 ];
 
-const PLACES: [(GuestPlace, &str); 6] = [
+const PLACES: [(GuestPlace, &str); 7] = [
     (GuestPlace::RunningAtSource, "running-at-source"),
     (GuestPlace::PausedAtSource, "paused-at-source"),
     (GuestPlace::AtSource, "at-source"),
     (GuestPlace::RunningAtDestination, "running-at-destination"),
     (GuestPlace::PausedAtDestination, "paused-at-destination"),
     (GuestPlace::Undecided, "undecided"),
+    (GuestPlace::Ended, "ended"),
 ];
 
 /// The figures of a machine's latest migration, in Prometheus's text format. Without one there is only the version.

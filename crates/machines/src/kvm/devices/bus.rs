@@ -7,6 +7,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use dunlin::GuestEnd;
 use serde::{Deserialize, Serialize};
 
 use super::mmio::{Transport, WINDOW_BYTES};
@@ -45,6 +46,18 @@ impl fmt::Display for Ended {
             Self::Off => f.write_str("the guest has switched itself off"),
             Self::Shutdown => f.write_str("the guest has shut down by a triple fault"),
             Self::Halted => f.write_str("the guest has halted"),
+        }
+    }
+}
+
+impl From<Ended> for GuestEnd {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::Exit { .. } => Self::Exited,
+            Ended::Reset => Self::Reset,
+            Ended::Off => Self::PoweredOff,
+            Ended::Shutdown => Self::TripleFault,
+            Ended::Halted => Self::Halted,
         }
     }
 }
