@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use dunlin::units::format_size;
-use dunlin::{Guest, GuestPlace, Machine, MachineError, Ownership, Report, Side, Status, Uri};
+use dunlin::{Guest, GuestEnd, GuestPlace, Machine, MachineError, Ownership, Report, Side, Status, Uri};
 use dunlin_machines::{SyntheticConfig, SyntheticMachine};
 use dunlin_monitor::metrics::MetricsServer;
 use dunlin_monitor::{Server, ShutdownCause, Verification, Vm};
@@ -74,7 +74,8 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     let mut warned = false;
     while guest_ended.is_none() && !vm.wait_for_quit(Duration::from_millis(50)) {
         teller.look(vm.report().as_ref());
-        guest_ended = guest_end();
+        // One that is not here has ended for whoever it goes to.
+        guest_ended = guest_end().filter(|end| vm.guest().ended(end.how).is_ok() && !is_undecided(&vm));
         if interrupts.arrived() {
             if warned || !is_undecided(&vm) {
                 break;
@@ -88,7 +89,7 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     let undecided = is_undecided(&vm);
     if let Some(end) = &guest_ended {
         terminal::note(&end.line);
-        vm.announce_shutdown(ShutdownCause::GuestShutdown);
+        vm.announce_shutdown(end.how.into());
     } else if interrupts.arrived() {
         vm.announce_shutdown(ShutdownCause::HostSignal);
     }
@@ -99,11 +100,10 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     let mut hang = hanging(REQUEST_LIMIT);
     // A pause would wait for what hangs.
     let shut_down = if hang.is_empty() { Vm::shut_down } else { Vm::shut_down_running };
-    if let Some(report) = shut_down(&vm, CANCEL_TIMEOUT) {
-        terminal::note(&format!(
-            "a migration was running; it is {}, and the guest was {}",
-            report.status, report.guest
-        ));
+    let last = shut_down(&vm, CANCEL_TIMEOUT);
+    teller.look(vm.report().as_ref());
+    if let Some(report) = last.filter(|report| !report.status.is_final()) {
+        terminal::note(&format!("ended while a migration was {}; the guest was {}", report.status, report.guest));
     }
     drop((servers, metrics));
     if hang.is_empty() {
@@ -140,16 +140,17 @@ fn serve_metrics(address: &str, vm: &Arc<Vm>) -> Result<MetricsServer> {
     Ok(server)
 }
 
-/// How a guest has ended by itself.
-struct GuestEnd {
+/// How a guest on KVM has ended by itself, and what that means for the process.
+struct KvmEnd {
     line: String,
     status: u8,
+    how: GuestEnd,
 }
 
 /// What only a machine on KVM can tell.
 struct OnKvm {
     /// Tells whether the guest has ended by itself.
-    end: Box<dyn Fn() -> Option<GuestEnd>>,
+    end: Box<dyn Fn() -> Option<KvmEnd>>,
     /// Names the devices that do not answer in time, because their storage hangs. The devices do nothing afterwards.
     hanging: Box<dyn Fn(Duration) -> Vec<String>>,
 }
@@ -227,7 +228,7 @@ fn make(args: &Run) -> Result<Arc<Vm>> {
 
 #[cfg(target_arch = "x86_64")]
 fn make_kvm(args: &Run) -> Result<(Arc<Vm>, OnKvm)> {
-    use dunlin_machines::{Ended, Kernel, KvmConfig, KvmGuest, KvmMachine};
+    use dunlin_machines::{Kernel, KvmConfig, KvmGuest, KvmMachine};
     let failed = || format!("could not make a machine of {} on KVM", size(args));
     let config = KvmConfig {
         memory_bytes: args.memory,
@@ -258,21 +259,24 @@ fn make_kvm(args: &Run) -> Result<(Arc<Vm>, OnKvm)> {
     };
     let machine = machine.with_context(failed)?;
     let (ending, hanging) = (machine.clone(), machine.clone());
-    let end = move || {
-        let ended = ending.ended()?;
-        let status = match ended {
-            Ended::Exit { value } => u8::try_from(value).unwrap_or(u8::MAX),
-            Ended::Reset | Ended::Halted | Ended::Off => 0,
-            _ => 1,
-        };
-        Some(GuestEnd { line: ended.to_string(), status })
-    };
+    let end = move || ending.ended().map(kvm_end);
     let vm = controlled(args, machine, |machine| {
         let report = machine.verify()?;
         finding(report.is_good(), &report)
     });
     let hanging = move |limit| hanging.hanging_devices(limit);
     Ok((vm, OnKvm { end: Box::new(end), hanging: Box::new(hanging) }))
+}
+
+#[cfg(target_arch = "x86_64")]
+fn kvm_end(ended: dunlin_machines::Ended) -> KvmEnd {
+    use dunlin_machines::Ended;
+    let status = match ended {
+        Ended::Exit { value } => u8::try_from(value).unwrap_or(u8::MAX),
+        Ended::Reset | Ended::Halted | Ended::Off => 0,
+        _ => 1,
+    };
+    KvmEnd { line: ended.to_string(), status, how: ended.into() }
 }
 
 /// A machine under a monitor, with its guest here or on its way in.
@@ -369,6 +373,24 @@ fn end(report: &Report) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Statuses and QEMU's reasons.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn what_a_guests_end_means() {
+        use dunlin_machines::Ended;
+        for (ended, status, cause) in [
+            (Ended::Off, 0, ShutdownCause::GuestShutdown),
+            (Ended::Exit { value: 3 }, 3, ShutdownCause::GuestShutdown),
+            (Ended::Exit { value: 300 }, 255, ShutdownCause::GuestShutdown),
+            (Ended::Halted, 0, ShutdownCause::GuestShutdown),
+            (Ended::Reset, 0, ShutdownCause::GuestReset),
+            (Ended::Shutdown, 1, ShutdownCause::GuestReset),
+        ] {
+            let end = kvm_end(ended);
+            assert_eq!((end.status, end.how.into()), (status, cause), "{ended:?}");
+        }
+    }
 
     #[test]
     fn each_thing_once() {

@@ -54,6 +54,7 @@ fn sentence(state: &str, report: Option<&Report>) -> String {
         "paused" => "here, paused (dunlin cont starts it)".to_owned(),
         "inmigrate" => "not here: it may come in by a migration".to_owned(),
         "finish-migrate" => "paused for the switchover".to_owned(),
+        "shutdown" => "here, and has ended".to_owned(),
         "postmigrate" => "gone: it was migrated away and belongs to the destination".to_owned(),
         other => other.to_owned(),
     }

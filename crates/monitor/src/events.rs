@@ -10,7 +10,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use dunlin::parameters::Switch;
-use dunlin::{Guest, GuestEvent};
+use dunlin::{Guest, GuestEnd, GuestEvent};
 use serde_json::{Value, json};
 
 use crate::outbox::{Gone, Outbox};
@@ -33,18 +33,17 @@ static MIGRATION_DATA: Object = Object::of("MigrationEvent", &[required("status"
 static PASS_DATA: Object = Object::of("MigrationPassEvent", &[required("pass", Type::Int)]);
 static SHUTDOWN_DATA: Object = Object::of(
     "ShutdownEvent",
-    &[
-        required("guest", Type::Bool),
-        required("reason", Type::Enum(Enum::of("ShutdownCause", &["host-qmp-quit", "host-signal", "guest-shutdown"]))),
-    ],
+    &[required("guest", Type::Bool), required("reason", Type::Enum(Enum::of("ShutdownCause", &SHUTDOWN_CAUSES)))],
 );
+
+static SHUTDOWN_CAUSES: [&str; 5] = ["host-qmp-quit", "host-signal", "guest-shutdown", "guest-reset", "guest-panic"];
 
 /// Every event there is.
 pub(crate) static EVENTS: &[EventKind] = &[
     EventKind {
         name: "STOP",
         data: &crate::schema::NOTHING,
-        help: "The vCPUs were stopped here: by `stop`, or for a switchover.",
+        help: "The vCPUs were stopped here: by `stop`, for a switchover, or because the guest has ended.",
     },
     EventKind {
         name: "RESUME",
@@ -61,11 +60,16 @@ pub(crate) static EVENTS: &[EventKind] = &[
         data: &PASS_DATA,
         help: "A pass over dirty RAM begins at the source. Only while `events` is on.",
     },
-    EventKind { name: "SHUTDOWN", data: &SHUTDOWN_DATA, help: "The process ends, and why." },
+    EventKind {
+        name: "SHUTDOWN",
+        data: &SHUTDOWN_DATA,
+        help: "The process ends, and why. No `STOP` and no `RESUME` comes after it.",
+    },
 ];
 
 /// Why the process ends, in QEMU's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ShutdownCause {
     /// A client asked for it.
     HostQmpQuit,
@@ -73,14 +77,35 @@ pub enum ShutdownCause {
     HostSignal,
     /// The guest has ended by itself.
     GuestShutdown,
+    /// The guest has asked for a reset, or met a triple fault, which is one.
+    GuestReset,
+    /// The guest has said that it panicked.
+    GuestPanic,
+}
+
+impl From<GuestEnd> for ShutdownCause {
+    fn from(end: GuestEnd) -> Self {
+        match end {
+            GuestEnd::Reset | GuestEnd::TripleFault => Self::GuestReset,
+            GuestEnd::Panicked => Self::GuestPanic,
+            GuestEnd::ProcessEnds => Self::HostSignal,
+            _ => Self::GuestShutdown,
+        }
+    }
 }
 
 impl ShutdownCause {
+    fn is_of_guest(self) -> bool {
+        matches!(self, Self::GuestShutdown | Self::GuestReset | Self::GuestPanic)
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::HostQmpQuit => "host-qmp-quit",
             Self::HostSignal => "host-signal",
             Self::GuestShutdown => "guest-shutdown",
+            Self::GuestReset => "guest-reset",
+            Self::GuestPanic => "guest-panic",
         }
     }
 }
@@ -91,6 +116,8 @@ pub(crate) struct Events {
     listeners: Mutex<Vec<Weak<Outbox>>>,
     /// Whether the migration's events are wanted.
     migration: AtomicBool,
+    /// Everybody has been told that the process ends.
+    ending: AtomicBool,
 }
 
 impl Events {
@@ -99,7 +126,8 @@ impl Events {
         // In this order: when the bell rings, what happened is there to be delivered.
         let happened = Mutex::new(guest.events());
         let bell = guest.events();
-        (Self { happened, listeners: Mutex::default(), migration: AtomicBool::new(migration == Switch::On) }, bell)
+        let (migration, ending) = (AtomicBool::new(migration == Switch::On), AtomicBool::new(false));
+        (Self { happened, listeners: Mutex::default(), migration, ending }, bell)
     }
 
     /// Turns the migration's events on or off.
@@ -123,14 +151,23 @@ impl Events {
         happened.try_iter().filter_map(|event| self.line(event)).for_each(|line| self.send(&line));
     }
 
-    /// Tells that the process ends.
+    /// Tells that the process ends, behind all that has happened. The first cause counts; and as with QEMU nobody is told
+    /// afterwards that the vCPUs stop.
     pub(crate) fn shutdown(&self, cause: ShutdownCause) {
-        let data = json!({"guest": cause == ShutdownCause::GuestShutdown, "reason": cause.name()});
+        let happened = self.happened.lock().unwrap_or_else(PoisonError::into_inner);
+        happened.try_iter().filter_map(|event| self.line(event)).for_each(|line| self.send(&line));
+        if self.ending.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let data = json!({"guest": cause.is_of_guest(), "reason": cause.name()});
         self.send(&protocol::line(&protocol::event("SHUTDOWN", Some(data))));
     }
 
     fn line(&self, event: GuestEvent) -> Option<Vec<u8>> {
         let migration = self.migration.load(Ordering::Acquire);
+        if self.ending.load(Ordering::Acquire) && matches!(event, GuestEvent::Stopped | GuestEvent::Resumed) {
+            return None;
+        }
         let (name, data): (_, Option<Value>) = match event {
             GuestEvent::Stopped => ("STOP", None),
             GuestEvent::Resumed => ("RESUME", None),

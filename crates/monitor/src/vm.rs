@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use dunlin::parameters::{Applies, ParameterError};
 use dunlin::{
-    Destination, Guest, GuestError, MachineError, MigrationError, Ownership, PARAMETERS, Parameters, Report, Source,
-    Status, TakeBack, Uri,
+    Destination, Guest, GuestEnd, GuestError, MachineError, MigrationError, Ownership, PARAMETERS, Parameters, Report,
+    Source, Status, TakeBack, Uri,
 };
 use serde_json::Value;
 
@@ -48,6 +48,7 @@ impl<F: Fn() -> Result<Verification, MachineError> + Send + Sync> Verify for F {
 
 /// The states of a machine that QEMU has names for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum RunState {
     /// It runs.
     Running,
@@ -59,6 +60,8 @@ pub enum RunState {
     FinishMigrate,
     /// It has gone.
     PostMigrate,
+    /// It is here, and has ended.
+    Shutdown,
 }
 
 impl RunState {
@@ -70,6 +73,7 @@ impl RunState {
             Self::InMigrate => "inmigrate",
             Self::FinishMigrate => "finish-migrate",
             Self::PostMigrate => "postmigrate",
+            Self::Shutdown => "shutdown",
         }
     }
 
@@ -81,6 +85,7 @@ impl RunState {
             Self::InMigrate => "it may come in by a migration",
             Self::FinishMigrate => "it is being handed over",
             Self::PostMigrate => "it was migrated away; verify it at the destination",
+            Self::Shutdown => "it has ended",
         }
     }
 
@@ -244,6 +249,7 @@ impl Vm {
     pub fn run_state(&self) -> RunState {
         let migrated_in = matches!(self.state().latest, Latest::Incoming(_));
         match self.guest.ownership() {
+            Ownership::Here | Ownership::HandingOver if self.guest.end().is_some() => RunState::Shutdown,
             Ownership::Here if self.guest.is_running() => RunState::Running,
             Ownership::Here => RunState::Paused,
             Ownership::Awaited => RunState::InMigrate,
@@ -458,13 +464,14 @@ impl Vm {
         }
     }
 
-    /// Ends a migration out, if one is running and may still be ended.
-    pub(crate) fn cancel_outgoing(&self) {
+    /// The process is to end. A migration out ends, if one is running and may still be ended: the guest ends with the process,
+    /// so its destination is not told that it goes on here.
+    pub(crate) fn end_outgoing(&self) {
         if let Latest::Outgoing(source) = self.latest()
             && !source.report().status.is_final()
         {
             // Refused once the guest is released: it is the destination's to run then, whatever becomes of this side.
-            let _ = source.cancel();
+            let _ = self.guest.ended(GuestEnd::ProcessEnds);
         }
     }
 
@@ -509,16 +516,15 @@ impl Vm {
     /// When the guest is not here, or could not be checked.
     pub fn verify(&self) -> Result<Verification, VmError> {
         match self.run_state() {
-            RunState::Running | RunState::Paused => {}
+            RunState::Running | RunState::Paused | RunState::Shutdown => {}
             elsewhere => return Err(VmError::NotHere(elsewhere)),
         }
         let verifier = self.verifier.as_ref().ok_or(VmError::CannotVerify)?;
         verifier.verify().map_err(VmError::Verify)
     }
 
-    /// Tells all clients that the process ends, and why.
+    /// Tells all clients that the process ends, and why. What has happened comes before that; the first cause counts.
     pub fn announce_shutdown(&self, cause: ShutdownCause) {
-        self.deliver_events();
         self.events.shutdown(cause);
     }
 
@@ -534,7 +540,8 @@ impl Vm {
         *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// Ends a migration out and waits for that, but not longer than `timeout`, then pauses the guest if it is here.
+    /// Ends a migration out and waits for that, but not longer than `timeout`, then pauses the guest if it is here. For the end
+    /// of the process: a guest that was being migrated cannot be started any more, and its destination hears why.
     /// Gives the report of what was ended.
     pub fn shut_down(&self, timeout: Duration) -> Option<Report> {
         let ended = self.shut_down_running(timeout);
@@ -552,7 +559,7 @@ impl Vm {
         let running = |report: &Report| !report.status.is_final() && report.status != Status::None;
         match self.latest() {
             Latest::Outgoing(source) if running(&source.report()) => {
-                self.cancel_outgoing();
+                self.end_outgoing();
                 while running(&source.report()) && Instant::now() < deadline {
                     std::thread::sleep(Duration::from_millis(5));
                 }

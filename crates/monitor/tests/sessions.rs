@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Raw, Served, serve, serve_tiny, tiny};
-use dunlin::Guest;
+use dunlin::{Guest, GuestEnd};
 use dunlin_monitor::{Address, Client, Server, ShutdownCause, Verification, Vm};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Value, json};
@@ -66,9 +66,6 @@ fn events_reach_every_client_before_the_reply() {
     // Started by the VMM itself.
     served.vm.cont().unwrap();
     assert_eq!(event(raw.line()), json!({"event": "RESUME"}));
-    served.vm.announce_shutdown(ShutdownCause::HostSignal);
-    let data = json!({"guest": false, "reason": "host-signal"});
-    assert_eq!(event(raw.line()), json!({"event": "SHUTDOWN", "data": data}));
     // One that has not negotiated hears nothing of all that.
     waiting.line();
     assert_eq!(waiting.ask(r#"{"execute": "qmp_capabilities"}"#), json!({"return": {}}));
@@ -78,6 +75,54 @@ fn events_reach_every_client_before_the_reply() {
     assert_eq!(event(client.next_event(Duration::ZERO).unwrap().unwrap()), json!({"event": "STOP"}));
     assert_eq!(client.next_event(Duration::from_millis(20)).unwrap(), None);
     client.execute("query-status", json!({})).unwrap();
+}
+
+/// The process's end comes behind all that happened before, once, and no stop of the guest comes behind it.
+#[test]
+fn the_end_is_told_last() {
+    for (cause, guest, reason) in [
+        (ShutdownCause::HostSignal, false, "host-signal"),
+        (ShutdownCause::GuestShutdown, true, "guest-shutdown"),
+        (ShutdownCause::GuestReset, true, "guest-reset"),
+        (ShutdownCause::GuestPanic, true, "guest-panic"),
+    ] {
+        let served = serve_tiny();
+        let mut raw = with_oob(&served);
+        // Whatever the guest itself tells, nobody has delivered.
+        served.vm.guest().cont().unwrap();
+        served.vm.guest().stop().unwrap();
+        served.vm.guest().cont().unwrap();
+        served.vm.announce_shutdown(cause);
+        served.vm.announce_shutdown(ShutdownCause::HostSignal);
+        assert_eq!(served.vm.shut_down(Duration::from_secs(1)).map(|report| report.status), None);
+        let told: Vec<_> = (0..4).map(|_| event(raw.line())).collect();
+        let ended = json!({"event": "SHUTDOWN", "data": {"guest": guest, "reason": reason}});
+        assert_eq!(told, [json!({"event": "RESUME"}), json!({"event": "STOP"}), json!({"event": "RESUME"}), ended]);
+        // Nothing came behind that.
+        raw.write(r#"{"execute": "query-name", "id": "last"}"#);
+        assert_eq!(raw.line(), json!({"return": {}, "id": "last"}));
+    }
+}
+
+/// A guest that has ended by itself, before its process does.
+#[test]
+fn a_guest_that_has_ended() {
+    let served = serve_tiny();
+    let mut raw = with_oob(&served);
+    served.vm.cont().unwrap();
+    assert_eq!(event(raw.line()), json!({"event": "RESUME"}));
+    served.vm.guest().ended(GuestEnd::PoweredOff).unwrap();
+    assert_eq!(event(raw.line()), json!({"event": "STOP"}));
+    let status = json!({"return": {"running": false, "status": "shutdown"}});
+    assert_eq!(raw.ask(r#"{"execute": "query-status"}"#), status);
+    let refused = raw.ask(r#"{"execute": "cont"}"#);
+    let why = refused["error"]["desc"].as_str().unwrap();
+    assert_eq!(why, "the guest has ended (powered off) and cannot be started or migrated any more: run it anew");
+    // It can be stopped, which is no news.
+    assert_eq!(raw.ask(r#"{"execute": "stop"}"#), json!({"return": {}}));
+    assert_eq!(raw.ask(r#"{"execute": "query-status"}"#), status);
+    let command = r#"{"execute": "human-monitor-command", "arguments": {"command-line": "info status"}}"#;
+    assert_eq!(raw.ask(command), json!({"return": "VM status: paused (shutdown)\r\n"}));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::schema::{self, Enum, Object, Type, optional, required};
 pub(super) static COMMANDS: &[Command] = &[
     Command {
         name: "query-status",
-        help: "What the guest does: `running`, `paused`, `inmigrate`, `finish-migrate` or `postmigrate`.",
+        help: "What the guest does: `running`, `paused`, `inmigrate`, `finish-migrate`, `postmigrate` or `shutdown`.",
         takes: &schema::NOTHING,
         gives: Type::Object(&STATUS_INFO),
         oob: Oob::Refused,
@@ -71,12 +71,12 @@ pub(super) static COMMANDS: &[Command] = &[
     },
     Command {
         name: QUIT,
-        help: "Ends the process. A migration out is cancelled, if it still can be.",
+        help: "Ends the process, and the guest with it. A migration out fails, if it still can: its destination hears why.",
         takes: &schema::NOTHING,
         gives: NOTHING,
         oob: Oob::Refused,
         run: |call| {
-            call.vm.cancel_outgoing();
+            call.vm.end_outgoing();
             Ok(json!({}))
         },
     },
@@ -88,7 +88,10 @@ static STATUS_INFO: Object = Object::of(
         required("running", Type::Bool),
         required(
             "status",
-            Type::Enum(Enum::of("RunState", &["running", "paused", "inmigrate", "finish-migrate", "postmigrate"])),
+            Type::Enum(Enum::of(
+                "RunState",
+                &["running", "paused", "inmigrate", "finish-migrate", "postmigrate", "shutdown"],
+            )),
         ),
     ],
 );

@@ -74,6 +74,6 @@ pub(super) fn cont(vm: &Vm, given: &Given<'_>) -> Result<String, HmpError> {
 }
 
 pub(super) fn quit(vm: &Vm, _: &Given<'_>) -> Result<String, HmpError> {
-    vm.cancel_outgoing();
+    vm.end_outgoing();
     Ok(String::new())
 }
