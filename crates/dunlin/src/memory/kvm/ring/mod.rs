@@ -16,7 +16,8 @@
 //!
 //! What must stay true: reading, resetting, and moving what was read happen under one lock; entries are read in order and none
 //! twice; an entry is marked as read after its page is in `fresh`, and a page goes from `fresh` to `settled` after
-//! the reset has returned.
+//! the reset has returned. KVM never frees more entries of a ring than are in it: it would count the ring as full for ever. So
+//! once a ring went over its end no entry is marked as read, except for a vCPU whose own ring is known to be full.
 //!
 //! On a processor with a log of its own (Intel's PML) an entry comes when the vCPU next leaves the guest. A write may then be
 //! told by a later look than the one that came after it; once the guest is paused, by the next.
@@ -92,6 +93,10 @@ impl KvmRingSize {
     }
 }
 
+fn set_flags(entries: &[Entry], flags: u32) {
+    entries.iter().for_each(|entry| entry.flags.store(flags, Ordering::Release));
+}
+
 /// What is asked of the kernel.
 trait Kernel: Send + Sync + std::fmt::Debug {
     /// Starts or ends the watch on a slot at this address of this process.
@@ -111,8 +116,12 @@ struct Cursor {
     read: u32,
     /// Entries ever read.
     total: u64,
-    /// Times in a row that the ring was said to be full and had nothing in it.
+    /// Times in a row that the ring was said to be full, had nothing in it, and nobody else had made room.
     nothing: u32,
+    /// Resets that had freed something when its vCPU last came for room.
+    resets: u64,
+    /// Its vCPU has come for room since a ring went over its end.
+    came: bool,
 }
 
 #[derive(Debug)]
@@ -120,6 +129,8 @@ struct State {
     cursors: Vec<Cursor>,
     /// A ring went over its end. Nothing read from then on means anything.
     lost: bool,
+    /// Resets so far that have freed something.
+    resets: u64,
 }
 
 #[derive(Debug)]
@@ -184,7 +195,7 @@ impl KvmDirtyRings {
             slots: placed.collect::<Result<_, TrackerError>>()?,
             by_number: slots.iter().enumerate().map(|(number, slot)| (slot.slot, number)).collect(),
             entries: size.entries,
-            state: Mutex::new(State { cursors: vec![Cursor::default(); vcpus], lost: false }),
+            state: Mutex::new(State { cursors: vec![Cursor::default(); vcpus], lost: false, resets: 0 }),
             fresh: clean(),
             settled: clean(),
             in_use: AtomicBool::new(false),
@@ -201,7 +212,7 @@ impl KvmDirtyRings {
         self.times_full.fetch_add(1, Ordering::Relaxed);
         let mut state = self.state();
         match self.make_room_in_order(vcpu, &mut state) {
-            Err(TrackerError::RingOverflow) => self.make_room_by_force(vcpu),
+            Err(TrackerError::RingOverflow) => self.make_room_by_force(vcpu, &mut state),
             other => other,
         }
     }
@@ -225,8 +236,10 @@ impl KvmDirtyRings {
     fn make_room_in_order(&self, vcpu: usize, state: &mut State) -> Result<(), TrackerError> {
         self.read(state)?;
         if let Some(cursor) = state.cursors.get_mut(vcpu) {
-            // Another thread may have made room already, but not again and again.
-            cursor.nothing = if cursor.read == 0 { cursor.nothing.saturating_add(1) } else { 0 };
+            // Another thread may have made room already. Where none has, a full ring has something in it.
+            let nothing = cursor.read == 0 && cursor.resets == state.resets;
+            cursor.nothing = if nothing { cursor.nothing.saturating_add(1) } else { 0 };
+            cursor.resets = state.resets;
             if cursor.nothing > TRIES {
                 return Err(self.lose(state));
             }
@@ -237,12 +250,15 @@ impl KvmDirtyRings {
     /// After an overflow this process and KVM do not agree any more on which entry is the next to be free. KVM frees entries
     /// marked as read from there on and stops at the first that is not. So quarters are marked by turns until it frees
     /// something. That is never more than what is in a ring that is full.
-    fn make_room_by_force(&self, vcpu: usize) -> Result<(), TrackerError> {
+    fn make_room_by_force(&self, vcpu: usize, state: &mut State) -> Result<(), TrackerError> {
+        let Some(cursor) = state.cursors.get_mut(vcpu) else { return Ok(()) };
+        if !std::mem::replace(&mut cursor.came, true) {
+            // What was read before the overflow was found may have been freed since this vCPU came out of the guest. If its
+            // ring is still full it comes again; from here on nobody else makes room for it.
+            return Ok(());
+        }
         let doing = machine("make room in a vCPU's dirty ring of");
         let ring = self.kernel.ring(vcpu);
-        let mark =
-            |entries: &[Entry], flags| entries.iter().for_each(|entry| entry.flags.store(flags, Ordering::Release));
-        mark(ring, 0);
         // A call that a signal comes into frees less than it could, so there are as many as free something.
         let free = || {
             let mut freed = 0u64;
@@ -253,15 +269,14 @@ impl KvmDirtyRings {
                 }
             }
         };
-        // What the other rings have to free is not to be taken for this one's.
-        free()?;
         for _ in 0..TRIES {
             for quarter in ring.chunks((ring.len() / 4).max(1)) {
-                mark(quarter, sys::ENTRY_RESET);
-                if free()? > 0 {
+                set_flags(quarter, sys::ENTRY_RESET);
+                let freed = free();
+                set_flags(quarter, 0);
+                if freed? > 0 {
                     return Ok(());
                 }
-                mark(quarter, 0);
             }
         }
         Err(TrackerError::RingOverflow)
@@ -271,9 +286,10 @@ impl KvmDirtyRings {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From here on nothing is known of what the guest writes.
+    /// From here on nothing is known of what the guest writes, and nothing is marked as read.
     fn lose(&self, state: &mut State) -> TrackerError {
         state.lost = true;
+        (0..state.cursors.len()).for_each(|vcpu| set_flags(self.kernel.ring(vcpu), 0));
         self.switch_off();
         TrackerError::RingOverflow
     }
@@ -287,8 +303,11 @@ impl KvmDirtyRings {
 
     /// Reads all entries there are into `fresh`.
     fn read(&self, state: &mut State) -> Result<(), TrackerError> {
+        if state.lost {
+            return Err(TrackerError::RingOverflow);
+        }
         let mut cursors = state.cursors.iter_mut().enumerate();
-        if state.lost || !cursors.all(|(vcpu, cursor)| self.read_ring(self.kernel.ring(vcpu), cursor)) {
+        if !cursors.all(|(vcpu, cursor)| self.read_ring(self.kernel.ring(vcpu), cursor)) {
             return Err(self.lose(state));
         }
         Ok(())
@@ -343,6 +362,7 @@ impl KvmDirtyRings {
         if freed != read {
             return Err(self.lose(state));
         }
+        state.resets = state.resets.saturating_add(u64::from(freed > 0));
         state.cursors.iter_mut().for_each(|cursor| cursor.read = 0);
         for (fresh, settled) in self.fresh.iter().zip(&self.settled) {
             fresh.dirty_chunks().for_each(|chunk| fresh.move_chunk(chunk, settled));

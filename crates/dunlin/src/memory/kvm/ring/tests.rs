@@ -263,7 +263,12 @@ proptest! {
                 prop_assert!(matches!(tracker.start(), Err(TrackerError::RingOverflow)));
             }
         }
+        // Each had come out for a full ring, when another made room before it could ask for some.
+        for vcpu in (0..VCPUS).rev() {
+            rings.make_room(vcpu).unwrap();
+        }
         for vcpu in 0..VCPUS {
+            prop_assert!(fake.inside().used(vcpu) <= 5 * ENTRIES, "more was freed than there was");
             let mut times = 0;
             while fake.is_full(vcpu) {
                 rings.make_room(vcpu).unwrap();
@@ -322,6 +327,23 @@ fn nothing_is_missed_while_the_guest_runs() {
     let now: Vec<u64> = ram.iter().map(|page| page.load(Ordering::SeqCst)).collect();
     assert!(now.iter().sum::<u64>() > 1000);
     assert_eq!(sent, now);
+}
+
+/// A vCPU comes out for a full ring again and again, and each time another thread has made room before it asks.
+#[test]
+fn others_may_make_room_all_the_time() {
+    let (fake, rings) = rings(u64::MAX);
+    let tracker = KvmDirtyRing::new(rings.clone(), None, None).unwrap();
+    tracker.start().unwrap();
+    let dirty = DirtyBitmap::new(PAGES * PAGE_SIZE);
+    for _ in 0..3 * TRIES {
+        for page in (0..).take_while(|_| !fake.is_full(0)) {
+            fake.write(&mut fake.inside(), 0, page, Write::Plain);
+        }
+        tracker.rearm(0, bytes_of(0), &dirty).unwrap();
+        rings.make_room(0).unwrap();
+    }
+    assert!(!rings.are_lost());
 }
 
 #[test]
