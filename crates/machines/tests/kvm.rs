@@ -242,6 +242,28 @@ fn a_tiny_ring_loses_nothing() {
     }
 }
 
+/// Nobody asks for what is in the rings while each vCPU writes three times as much as its ring holds. The vCPUs themselves read them
+/// in time, also on a KVM that goes over their ends, and on a busy host.
+#[test]
+fn vcpus_read_their_rings_in_time() {
+    if !kvm() || trackings().len() < 2 {
+        return;
+    }
+    // Of the size that is the default, but without a thread that reads them.
+    let side = source(2, "dirty:working-set=16M", DirtyTracking::Ring { entries: Some(1 << 16) });
+    side.assert_goes_on(&[1, 1]);
+    let tracker = side.machine.dirty_tracker().unwrap();
+    tracker.start().unwrap();
+    let dirty = DirtyBitmap::new(MEMORY);
+    let before = side.machine.counted().unwrap();
+    until("every vCPU has done much", || {
+        side.machine.counted().unwrap().iter().zip(&before).all(|(now, before)| *now > before + 65_536)
+    });
+    tracker.sync(0, &dirty).unwrap();
+    tracker.rearm(0, 0..MEMORY, &dirty).unwrap();
+    assert!(pages(&dirty).len() as u64 >= 16 * MIB / 4096);
+}
+
 /// After a ring that KVM went over the end of every vCPU goes on, whoever was first to ask for room.
 #[test]
 fn a_guest_goes_on_after_an_overflow() {

@@ -1,4 +1,4 @@
-//! A thread's own alarm: a timer of the kernel that sends it a signal.
+//! A thread's own alarms: timers of the kernel that send it a signal.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -12,7 +12,12 @@ pub(super) struct Alarm {
 }
 
 impl Alarm {
+    /// One by the clock.
     pub(super) fn for_this_thread(signal: libc::c_int) -> io::Result<Self> {
+        Self::by(libc::CLOCK_MONOTONIC, signal)
+    }
+
+    fn by(clock: libc::clockid_t, signal: libc::c_int) -> io::Result<Self> {
         // SAFETY: all zeros are a valid `sigevent`.
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
         event.sigev_notify = libc::SIGEV_THREAD_ID;
@@ -21,7 +26,7 @@ impl Alarm {
         event.sigev_notify_thread_id = unsafe { libc::gettid() };
         let mut timer: libc::timer_t = std::ptr::null_mut();
         // SAFETY: both live until the call returns.
-        match unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) } {
+        match unsafe { libc::timer_create(clock, &raw mut event, &raw mut timer) } {
             0 => Ok(Self { timer, at: None }),
             _ => Err(io::Error::last_os_error()),
         }
@@ -34,20 +39,38 @@ impl Alarm {
         }
         // Nothing at all would turn it off.
         let left = at.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
-        let value = libc::timespec {
-            tv_sec: libc::time_t::try_from(left.as_secs()).unwrap_or(libc::time_t::MAX),
-            tv_nsec: libc::c_long::from(left.subsec_nanos().cast_signed()),
-        };
-        let once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        let setting = libc::itimerspec { it_interval: once, it_value: value };
+        self.arm(left, Duration::ZERO)?;
+        self.at = Some(at);
+        Ok(())
+    }
+
+    /// Has it go off after `first`, and then, unless that is zero, after each `period`.
+    fn arm(&self, first: Duration, period: Duration) -> io::Result<()> {
+        let setting = libc::itimerspec { it_interval: timespec(period), it_value: timespec(first) };
         // SAFETY: the timer is this one's, and the setting lives until the call returns.
         match unsafe { libc::timer_settime(self.timer, 0, &raw const setting, std::ptr::null_mut()) } {
-            0 => {
-                self.at = Some(at);
-                Ok(())
-            }
+            0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+}
+
+fn timespec(duration: Duration) -> libc::timespec {
+    libc::timespec {
+        tv_sec: libc::time_t::try_from(duration.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: libc::c_long::from(duration.subsec_nanos().cast_signed()),
+    }
+}
+
+/// A signal each time that this thread has used so much processor time, the guest's on it included, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Metronome(#[allow(dead_code, reason = "it ends when it is dropped")] Alarm);
+
+impl Metronome {
+    pub(super) fn for_this_thread(signal: libc::c_int, period: Duration) -> io::Result<Self> {
+        let alarm = Alarm::by(libc::CLOCK_THREAD_CPUTIME_ID, signal)?;
+        alarm.arm(period, period)?;
+        Ok(Self(alarm))
     }
 }
 

@@ -11,8 +11,9 @@
 //! the end. The VMM's thread then calls [`KvmDirtyRings::make_room`], at any time, also when nobody tracks. There are KVMs
 //! that emulate the guest and do not look while they do, and go over the end (a paravirtual one was seen to). That is
 //! found, always: either as many entries as the ring has were read with no reset between them, or KVM frees fewer than
-//! were read. The migration fails then, the VM's rings are not used again, and the guest goes on. A thread that reads the
-//! rings every few milliseconds makes it take a great many writes to get there.
+//! were read. The migration fails then, the VM's rings are not used again, and the guest goes on. A vCPU's thread that comes
+//! out of the guest and calls [`KvmDirtyRings::look`] every few milliseconds of its processor time makes it take a great many
+//! writes to get there, however busy the host is: only the vCPU itself fills its ring.
 //!
 //! What must stay true: reading, resetting, and moving what was read happen under one lock; entries are read in order and none
 //! twice; an entry is marked as read after its page is in `fresh`, and a page goes from `fresh` to `settled` after
@@ -214,6 +215,16 @@ impl KvmDirtyRings {
         match self.make_room_in_order(vcpu, &mut state) {
             Err(TrackerError::RingOverflow) => self.make_room_by_force(vcpu, &mut state),
             other => other,
+        }
+    }
+
+    /// Reads the rings if a tracker waits for what is in them: for the thread of a vCPU that has come out of the guest. One
+    /// that does so every few milliseconds of its processor time cannot fill its ring meanwhile, not even on a KVM that does
+    /// not look whether there is room.
+    pub fn look(&self) {
+        if self.in_use.load(Ordering::Acquire) {
+            // What goes wrong here goes wrong for the tracker too, which has somebody to tell.
+            let _ = self.collect(&mut self.state());
         }
     }
 

@@ -36,9 +36,7 @@ impl Reader {
         let (stay, gone) = mpsc::channel();
         let thread = std::thread::Builder::new().name("dirty rings".to_owned()).spawn(move || {
             while gone.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
-                let mut state = rings.state();
-                // What goes wrong here goes wrong for the engine too, which has somebody to tell.
-                let _ = rings.collect(&mut state);
+                rings.look();
             }
         })?;
         Ok(Self { stay: Some(stay), thread: Some(thread) })
