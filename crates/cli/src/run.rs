@@ -70,10 +70,16 @@ pub fn run(args: &Run, interrupts: &Interrupts) -> Result<Outcome> {
     }
     terminal::out(&state)?;
     let mut teller = Teller::default();
+    let mut clocks = None;
     let mut guest_ended = None;
     let mut warned = false;
     while guest_ended.is_none() && !vm.wait_for_quit(Duration::from_millis(50)) {
         teller.look(vm.report().as_ref());
+        let disagreement = on_kvm.as_ref().and_then(|machine| (machine.clocks)());
+        if let Some(line) = disagreement.as_ref().filter(|_| disagreement != clocks) {
+            terminal::note(line);
+        }
+        clocks = disagreement;
         // One that is not here has ended for whoever it goes to.
         guest_ended = guest_end().filter(|end| vm.guest().ended(end.how).is_ok() && !is_undecided(&vm));
         if interrupts.arrived() {
@@ -153,7 +159,12 @@ struct OnKvm {
     end: Box<dyn Fn() -> Option<KvmEnd>>,
     /// Names the devices that do not answer in time, because their storage hangs. The devices do nothing afterwards.
     hanging: Box<dyn Fn(Duration) -> Vec<String>>,
+    /// Tells that the clock of the host from which the guest came disagrees with this one's by much.
+    clocks: Box<dyn Fn() -> Option<String>>,
 }
+
+/// Disagreements of two hosts' clocks that are worth a line.
+const CLOCKS_APART: Duration = Duration::from_millis(100);
 
 /// How long a device's request may take at the end, before its storage is said to hang.
 const REQUEST_LIMIT: Duration = Duration::from_secs(1);
@@ -258,14 +269,18 @@ fn make_kvm(args: &Run) -> Result<(Arc<Vm>, OnKvm)> {
         KvmMachine::new(&config, args.cpu, &guest)
     };
     let machine = machine.with_context(failed)?;
-    let (ending, hanging) = (machine.clone(), machine.clone());
+    let (ending, hanging, clocks) = (machine.clone(), machine.clone(), machine.clone());
     let end = move || ending.ended().map(kvm_end);
     let vm = controlled(args, machine, |machine| {
         let report = machine.verify()?;
         finding(report.is_good(), &report)
     });
     let hanging = move |limit| hanging.hanging_devices(limit);
-    Ok((vm, OnKvm { end: Box::new(end), hanging: Box::new(hanging) }))
+    let clocks = move || {
+        let apart = Duration::from_nanos(clocks.clock_difference()?.ahead_nanoseconds.unsigned_abs());
+        clocks.clock_difference().filter(|_| apart >= CLOCKS_APART).map(|difference| difference.to_string())
+    };
+    Ok((vm, OnKvm { end: Box::new(end), hanging: Box::new(hanging), clocks: Box::new(clocks) }))
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -41,7 +41,7 @@ pub use destination::Destination;
 pub use dirty_rate::{DirtyRate, DirtyRateError, DirtyRateMode, DirtyRateRequest, DirtyRateStatus};
 pub use error::{Cause, GuestError, GuestPlace, MigrationError, Side};
 pub use guest::{Guest, GuestEnd, GuestEvent, Ownership, StartPermit, TakeBack};
-pub use machine::{Claim, Machine, MachineError, Need, StateSection, SwitchoverCost, Vcpus};
+pub use machine::{Claim, Machine, MachineError, Need, StateAge, StateSection, SwitchoverCost, Vcpus};
 pub use parameters::{PARAMETERS, Parameters};
 pub use report::{Report, Status};
 pub use source::Source;

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use crate::clock::BootInstant;
 use crate::guest::{GuestEnd, StartPermit};
 use crate::memory::{DirtyTracker, Ram};
 
@@ -81,6 +82,17 @@ pub trait Machine: Send + Sync {
     /// load another state.
     fn load(&self, sections: Vec<StateSection>) -> Result<(), MachineError>;
 
+    /// As [`load`](Self::load), of a state that was saved `age` ago: for a machine whose guest's clock goes on by the time that
+    /// the guest stands still. The difference of two hosts' wall clocks tells that time only as far as they agree. This is the
+    /// method that the engine calls.
+    ///
+    /// # Errors
+    /// As for [`load`](Self::load).
+    fn load_aged(&self, sections: Vec<StateSection>, age: StateAge) -> Result<(), MachineError> {
+        let _ = age;
+        self.load(sections)
+    }
+
     /// Takes or gives up what only one machine may use at a time, in this process or elsewhere: locks on disk images, above
     /// all. `claim` says how much of it is this side's from now on; what it already is changes nothing. The engine calls it
     /// whenever ownership of the guest changes, while the guest is paused, and before a [`resume`](Self::resume).
@@ -119,6 +131,37 @@ impl Default for SwitchoverCost {
     fn default() -> Self {
         let step = Duration::from_millis(50);
         Self { pause: step, save: step, load: step, resume: step, state_bytes: 4 << 20 }
+    }
+}
+
+/// How long ago the state that is being loaded was saved, as far as this side can know: by its own clock, which nobody sets and
+/// which goes on while the host is suspended, and by the order of messages. The source saved the state after it had heard of
+/// something that this side sent, and before this side received the state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StateAge {
+    after: BootInstant,
+    before: BootInstant,
+}
+
+impl StateAge {
+    /// Saved at least and at most so long ago, as of now. For a VMM's own tests of its machine.
+    pub fn between(least: Duration, most: Duration) -> Self {
+        let now = BootInstant::now();
+        Self::saved(now - most, now - least)
+    }
+
+    pub(crate) fn saved(after: BootInstant, before: BootInstant) -> Self {
+        Self { after: after.min(before), before }
+    }
+
+    /// The state is at least this old, as of now.
+    pub fn least(&self) -> Duration {
+        self.before.elapsed()
+    }
+
+    /// The state is at most this old, as of now.
+    pub fn most(&self) -> Duration {
+        self.after.elapsed()
     }
 }
 

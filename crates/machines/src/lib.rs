@@ -23,7 +23,8 @@ pub use device_config::{DeviceConfig, DiskAccess, DiskConfig, DiskFormat, NetCon
 pub use host_memory::{Available, HostMemory, HostMemoryError, Limit, Limiter};
 #[cfg(target_arch = "x86_64")]
 pub use kvm::{
-    BootError, CpuModel, CpuModelError, Ended, Kernel, KvmConfig, KvmError, KvmGuest, KvmMachine, KvmReport,
+    BootError, ClockDifference, CpuModel, CpuModelError, Ended, Kernel, KvmConfig, KvmError, KvmGuest, KvmMachine,
+    KvmReport,
 };
 pub use payload::{MemoryJob, Payload, PayloadError};
 pub use synthetic::{Backing, Fault, Fill, SyntheticConfig, SyntheticError, SyntheticMachine, VerifyReport, Workload};

@@ -15,7 +15,7 @@ use super::placement::{Placement, Staging};
 use super::receive::{Carries, Receiving};
 use super::{Event, Shared};
 use crate::channel::Connection;
-use crate::clock::Contact;
+use crate::clock::{BootInstant, Contact};
 use crate::error::{Cause, MachineStep, Phase, Side};
 use crate::guest::{Came, Expected, Heard, Resume};
 use crate::handover::{DestinationAction, DestinationEvent, DestinationState};
@@ -23,7 +23,7 @@ use crate::link::{
     COUNTED_HELLO_BYTES, ChannelCounters, FrameReceiver, FrameSender, Part, Places, SharedSender, Watch, answer_hello,
     contain, lock,
 };
-use crate::machine::SwitchoverCost;
+use crate::machine::{StateAge, SwitchoverCost};
 use crate::parameters::Integrity;
 use crate::report::{DeltaCounts, DowntimeParts, PageCounts, Round, Status};
 use crate::to_go::{self, ToGo};
@@ -65,6 +65,31 @@ impl Ended {
     }
 }
 
+/// When rounds were acknowledged. A round begins only when the source has heard all acknowledgements of the one before.
+struct Acknowledged {
+    /// The last acknowledgement of the rounds before the latest, or when the session began.
+    before: BootInstant,
+    /// The last acknowledgement of the latest round, and its number.
+    latest: (u32, BootInstant),
+}
+
+impl Acknowledged {
+    /// An acknowledgement is about to be sent.
+    fn note(&mut self, round: u32) {
+        if round > self.latest.0 {
+            self.before = self.latest.1;
+        }
+        if round >= self.latest.0 {
+            self.latest = (round, BootInstant::now());
+        }
+    }
+
+    /// The last that was sent before `round`.
+    fn before(&self, round: u32) -> BootInstant {
+        if self.latest.0 < round { self.latest.1 } else { self.before }
+    }
+}
+
 /// A session.
 pub(super) struct Session<'a> {
     shared: &'a Shared,
@@ -87,6 +112,9 @@ pub(super) struct Session<'a> {
     /// Until when all channels must have connected.
     channels_due: Instant,
     device_state: DeviceState,
+    acknowledged: Acknowledged,
+    /// When the first of the device state came.
+    state_came: Option<BootInstant>,
     offer: Option<Offer>,
     /// When the offer came.
     offered: Option<Instant>,
@@ -127,6 +155,8 @@ impl<'a> Session<'a> {
             single_round: 0,
             channels_due: Instant::now() + link_timeout,
             device_state: DeviceState::default(),
+            acknowledged: Acknowledged { before: BootInstant::now(), latest: (0, BootInstant::now()) },
+            state_came: None,
             offer: None,
             offered: None,
             running: Running { load: Duration::ZERO, resume: Duration::ZERO, cpu: Duration::ZERO, epoch: 1 },
@@ -373,7 +403,7 @@ impl<'a> Session<'a> {
     }
 
     /// As a piece of device state, but for what becomes of it.
-    fn on_probe(&self, probe: &Probe) -> Result<(), Cause> {
+    fn on_probe(&mut self, probe: &Probe) -> Result<(), Cause> {
         if data_checksum(&probe.piece) != probe.checksum {
             let reason = format!("probe {} has not the checksum that came with it", probe.number);
             return Err(Cause::Incompatible { reason });
@@ -384,6 +414,8 @@ impl<'a> Session<'a> {
         let Expected { load, resume, claim, .. } = self.shared.guest.calls().expect(self.cost);
         let late = self.link.as_ref().and_then(|link| link.watch.as_ref()).map_or(Duration::ZERO, Watch::lateness);
         let resume = resume.saturating_add(claim);
+        // The guest is not stopped before the source has heard this.
+        self.acknowledged.note(self.acknowledged.latest.0);
         self.send(&Message::Probed(Probed { number: probe.number, load, resume, late }))
     }
 
@@ -466,6 +498,7 @@ impl<'a> Session<'a> {
         } else {
             self.single_round = round;
         }
+        self.acknowledged.note(round);
         self.send(&Message::MarkAck(MarkAck { channel, round }))?;
         self.load_if_complete()
     }
@@ -505,6 +538,7 @@ impl<'a> Session<'a> {
     }
 
     fn on_section(&mut self, piece: Section) -> Result<(), Cause> {
+        self.state_came.get_or_insert_with(BootInstant::now);
         self.device_state.add(piece)?;
         self.shared.set_status(Phase::Switchover, Status::Device);
         lock(&self.shared.report).device_state_bytes = self.device_state.bytes();
@@ -535,11 +569,21 @@ impl<'a> Session<'a> {
         let sections = self.device_state.take(offer.sections)?;
         let (calls, limit) = (self.shared.guest.calls(), self.shared.switchover_limit());
         calls.note_state(&sections);
-        calls.call(MachineStep::Load, limit, &self.shared.cpu, move |machine| machine.load(sections))?;
+        let age = self.age(offer);
+        calls.call(MachineStep::Load, limit, &self.shared.cpu, move |machine| machine.load_aged(sections, age))?;
         self.running.load = began.elapsed();
         *lock(&self.shared.to_go) = ToGo::round(0);
         self.note_parts(offer);
         self.advance(DestinationEvent::Loaded, Heard::default())
+    }
+
+    /// When the state was saved: after the source had heard that all rounds but the last are here, by at least as much as its
+    /// own clock says that the guest had stood still by then; and before any of the state came.
+    fn age(&self, offer: Offer) -> StateAge {
+        let [pause, wait, ram, ..] = offer.parts;
+        let stood = Duration::from_nanos(pause.saturating_add(wait).saturating_add(ram));
+        let before = self.state_came.unwrap_or_else(BootInstant::now);
+        StateAge::saved(self.acknowledged.before(offer.last_round) + stood, before)
     }
 
     fn on_lost(&mut self, cause: Cause) -> Result<(), Cause> {

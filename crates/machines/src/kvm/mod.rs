@@ -10,6 +10,8 @@ mod error;
 mod memory;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod time_tests;
 mod tracking;
 mod vcpu;
 mod verify;
@@ -19,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use dunlin::memory::{DirtyBitmap, DirtyTracker, Ram, RamBlock};
-use dunlin::{Claim, GuestEnd, Machine, MachineError, StartPermit, StateSection, SwitchoverCost};
+use dunlin::{Claim, GuestEnd, Machine, MachineError, StartPermit, StateAge, StateSection, SwitchoverCost};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
@@ -27,7 +29,7 @@ pub use devices::Ended;
 pub use error::KvmError;
 pub use verify::KvmReport;
 pub use x86::cpu::{CpuModel, CpuModelError};
-pub use x86::{BootError, Kernel};
+pub use x86::{BootError, ClockDifference, Kernel};
 
 use devices::{Description, Devices, OwnWrites};
 use error::kvm;
@@ -152,6 +154,7 @@ pub struct KvmMachine {
     dirty_tracking: DirtyTracking,
     /// `None` until a state is loaded into an empty machine.
     identity: RwLock<Option<Identity>>,
+    clock_difference: Mutex<Option<ClockDifference>>,
     /// Held while somebody starts, stops or verifies.
     control: Mutex<()>,
 }
@@ -273,6 +276,7 @@ impl KvmMachine {
             count: vcpus,
             dirty_tracking,
             identity: RwLock::default(),
+            clock_difference: Mutex::default(),
             control: Mutex::default(),
         }))
     }
@@ -339,6 +343,12 @@ impl KvmMachine {
             self.vcpus.interrupt();
         }
         ended
+    }
+
+    /// Whether the wall clocks of the two hosts disagreed by more than the guest can have stood still when it came here. Its
+    /// clock was advanced by that then, and not by their difference.
+    pub fn clock_difference(&self) -> Option<ClockDifference> {
+        *lock(&self.clock_difference)
     }
 
     /// How often a vCPU had to wait for room in its dirty ring since the VM was made, if it has rings.
@@ -481,7 +491,7 @@ impl KvmMachine {
         Ok(())
     }
 
-    fn take_over(&self, sections: &[StateSection]) -> Result<(), KvmError> {
+    fn take_over(&self, sections: &[StateSection], age: Option<StateAge>) -> Result<(), KvmError> {
         check_known(sections, |section| self.knows(section))?;
         let config: Config = find(sections, "config", 0)?;
         same("bytes of memory", config.memory_bytes, self.memory_bytes)?;
@@ -508,7 +518,8 @@ impl KvmMachine {
         hypervisor.used = true;
         let fds: Vec<_> = self.vcpus.all().iter().map(|vcpu| vcpu.fd()).collect();
         let loading = fds.iter().filter_map(|fd| fd.as_ref()).zip(&vcpus);
-        x86::load_time(&hypervisor.vm, &state.clock, loading.clone())?;
+        let difference = x86::load_time(&hypervisor.vm, &state.clock, age, loading.clone())?;
+        *lock(&self.clock_difference) = difference;
         for (fd, state) in loading {
             x86::load_vcpu(fd, &self.host, state)?;
         }
@@ -660,12 +671,11 @@ impl Machine for KvmMachine {
     }
 
     fn load(&self, sections: Vec<StateSection>) -> Result<(), MachineError> {
-        let _control = self.control()?;
-        self.vcpus.pause()?;
-        self.devices.pause()?;
-        // Until all of it is there the machine is nobody's: what fails half-way must not run.
-        *self.identity.write().unwrap_or_else(PoisonError::into_inner) = None;
-        Ok(self.take_over(&sections)?)
+        Ok(self.replace(&sections, None)?)
+    }
+
+    fn load_aged(&self, sections: Vec<StateSection>, age: StateAge) -> Result<(), MachineError> {
+        Ok(self.replace(&sections, Some(age))?)
     }
 
     fn claim(&self, claim: Claim) -> Result<(), MachineError> {
@@ -674,6 +684,18 @@ impl Machine for KvmMachine {
 
     fn vcpus(&self) -> Option<&dyn dunlin::Vcpus> {
         Some(self)
+    }
+}
+
+impl KvmMachine {
+    /// Takes over a state, of this age if that is known.
+    fn replace(&self, sections: &[StateSection], age: Option<StateAge>) -> Result<(), KvmError> {
+        let _control = self.control()?;
+        self.vcpus.pause()?;
+        self.devices.pause()?;
+        // Until all of it is there the machine is nobody's: what fails half-way must not run.
+        *self.identity.write().unwrap_or_else(PoisonError::into_inner) = None;
+        self.take_over(sections, age)
     }
 }
 

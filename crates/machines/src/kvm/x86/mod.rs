@@ -21,6 +21,7 @@ pub(super) use linux::{Entry, Map, load as load_kernel};
 pub(super) use power::{Power, RESET_PORT, RESET_VALUE, Written};
 pub(super) use program::{LOW_BYTES, PACE_PORT, Program, Progress, SECTOR_BYTES, STORES, noted, visit};
 pub(super) use state::{CHIPS, Host, VcpuState, VmState, load_vcpu, load_vm, save_vcpu, save_vm, set_cpuid};
+pub use time::ClockDifference;
 pub(super) use time::load as load_time;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};

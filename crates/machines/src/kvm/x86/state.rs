@@ -47,7 +47,7 @@ pub(in crate::kvm) struct VcpuState {
     pub(in crate::kvm) cpuid: Vec<Leaf>,
     pub(in crate::kvm) tsc_khz: Option<u32>,
     /// Between the host's time stamp counter and the guest's, unless it is scaled.
-    pub(super) tsc_offset: Option<u64>,
+    pub(in crate::kvm) tsc_offset: Option<u64>,
     mp_state: kvm_mp_state,
     regs: kvm_regs,
     sregs: kvm_sregs,
