@@ -141,6 +141,13 @@ impl Link {
         self.sent_bytes = self.sent_bytes.saturating_add(bytes);
     }
 
+    /// Whether the link, and not the destination's processors, is what the sender waits for, beyond doubt.
+    pub(crate) fn is_slow(&self) -> bool {
+        /// 50 MB/s, which a destination takes with a tenth of a processor.
+        const SLOW: f64 = 20.0;
+        self.of_link >= SLOW
+    }
+
     /// What the link takes for `bytes`.
     #[cfg(test)]
     pub(crate) fn of(&self, bytes: usize) -> Duration {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use dunlin::memory::{DirtyTracker, Ram};
 use dunlin::{
     Destination, Guest, Machine, MachineError, Parameters, Source, StartPermit, StateAge, StateSection, Status,
+    SwitchoverCost,
 };
 use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, kvm_clock_data};
 
@@ -63,6 +64,10 @@ impl Machine for Behind {
 
     fn accept_profile(&self, profile: &[u8]) -> Result<(), MachineError> {
         self.machine.accept_profile(profile)
+    }
+
+    fn switchover_cost(&self) -> SwitchoverCost {
+        self.machine.switchover_cost()
     }
 
     fn pause(&self) -> Result<(), MachineError> {
