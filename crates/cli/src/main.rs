@@ -26,6 +26,7 @@ mod run;
 mod scale;
 mod series;
 mod status;
+mod teller;
 mod terminal;
 mod watch;
 

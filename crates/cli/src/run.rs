@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use dunlin::units::format_size;
-use dunlin::{Guest, GuestEnd, GuestPlace, Machine, MachineError, Ownership, Report, Side, Status, Uri};
+use dunlin::{Guest, GuestEnd, Machine, MachineError, Ownership, Uri};
 use dunlin_machines::{SyntheticConfig, SyntheticMachine};
 use dunlin_monitor::metrics::MetricsServer;
 use dunlin_monitor::{Server, ShutdownCause, Verification, Vm};
@@ -16,6 +16,7 @@ use crate::Outcome;
 use crate::args::{Incoming, MachineKind, Run};
 use crate::interrupts::Interrupts;
 use crate::memory_check::{self, Use};
+use crate::teller::Teller;
 use crate::terminal;
 
 /// How long a migration that is running at the end may take to be cancelled.
@@ -321,70 +322,6 @@ fn listen(vm: &Vm, uri: &Uri) -> Result<Uri> {
     Ok(vm.listening_on().unwrap_or_else(|| uri.clone()))
 }
 
-/// Tells each thing worth telling once.
-#[derive(Debug, Default)]
-struct Teller {
-    ended: Option<EndKey>,
-    refused: u64,
-    undecided: bool,
-}
-
-/// What tells one ended migration from another: session, side and length.
-type EndKey = (Option<String>, Side, Status, u64);
-
-impl Teller {
-    fn look(&mut self, report: Option<&Report>) {
-        for line in self.news(report) {
-            terminal::note(&line);
-        }
-    }
-
-    fn news(&mut self, report: Option<&Report>) -> Vec<String> {
-        let mut news = Vec::new();
-        let Some(report) = report else { return news };
-        let refused = &report.refused_connections;
-        if refused.count > self.refused {
-            let latest = refused.latest.as_deref().unwrap_or("no reason is known");
-            news.push(match refused.count - self.refused {
-                1 => format!("refused a connection: {latest}"),
-                more => format!("refused {more} connections; the latest: {latest}"),
-            });
-        }
-        // A new migration counts from zero again.
-        self.refused = refused.count;
-        let key = report
-            .status
-            .is_final()
-            .then(|| (report.session.clone(), report.side, report.status, report.total_seconds.to_bits()));
-        if key.is_some() && key != self.ended {
-            news.push(end(report));
-        }
-        // A destination whose source was lost has not ended, but waits for somebody.
-        let undecided = report.guest == GuestPlace::Undecided && report.error.is_some();
-        if undecided && !self.undecided && key.is_none() {
-            let why = report.error.as_ref().map_or("", |error| &error.message);
-            news.push(format!("the guest is undecided: {why}"));
-        }
-        self.undecided = undecided;
-        self.ended = key;
-        news
-    }
-}
-
-fn end(report: &Report) -> String {
-    let here = match (report.side, report.guest) {
-        (Side::Source, GuestPlace::RunningAtSource) | (Side::Destination, GuestPlace::RunningAtDestination) => {
-            "the guest is running here".to_owned()
-        }
-        (_, place) => format!("the guest is {place}"),
-    };
-    match (report.status, &report.error) {
-        (Status::Completed, _) => format!("migration completed: {here}"),
-        (status, Some(error)) => format!("migration {status}: {}", error.message),
-        (status, None) => format!("migration {status}: {here}"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -405,26 +342,5 @@ mod tests {
             let end = kvm_end(ended);
             assert_eq!((end.status, end.how.into()), (status, cause), "{ended:?}");
         }
-    }
-
-    #[test]
-    fn each_thing_once() {
-        let mut teller = Teller::default();
-        assert!(teller.news(None).is_empty());
-        let mut report = Report::new(Side::Destination, GuestPlace::AtSource);
-        report.status = Status::Active;
-        report.refused_connections.count = 2;
-        report.refused_connections.latest = Some("127.0.0.1:9: not dunlin's protocol".to_owned());
-        assert_eq!(
-            teller.news(Some(&report)),
-            ["refused 2 connections; the latest: 127.0.0.1:9: not dunlin's protocol"]
-        );
-        assert!(teller.news(Some(&report)).is_empty());
-        report.status = Status::Completed;
-        report.guest = GuestPlace::RunningAtDestination;
-        assert_eq!(teller.news(Some(&report)), ["migration completed: the guest is running here"]);
-        assert!(teller.news(Some(&report)).is_empty());
-        report.total_seconds = 1.0;
-        assert_eq!(teller.news(Some(&report)).len(), 1);
     }
 }
