@@ -84,7 +84,7 @@ impl Teller {
     /// Once for each phase that takes longer than it usually does: what it waits for.
     fn hangs(&mut self, report: &Report, now: Instant) -> Option<String> {
         let is_same = |stay: &&mut Stay| stay.status == report.status && stay.session == report.session;
-        let Some(stay) = self.phase.as_mut().filter(|stay| is_same(&stay)) else {
+        let Some(stay) = self.phase.as_mut().filter(|stay| is_same(stay)) else {
             let (session, status) = (report.session.clone(), report.status);
             self.phase = Some(Stay { session, status, since: now, told: false });
             return None;

@@ -11,6 +11,9 @@ use std::time::Duration;
 /// Where control groups are mounted, as everybody does it.
 const ROOT: &str = "/sys/fs/cgroup";
 
+/// Reads microseconds of each period from a group: the quota and the period.
+type Read = fn(&Path) -> Option<(u64, u64)>;
+
 /// How long this process may have to stand still because it has used up its part of a processor: zero where it may use a whole
 /// one, and where that cannot be read.
 pub(super) fn longest_standstill() -> Duration {
@@ -24,7 +27,7 @@ fn standstill_in(groups: &str, root: &Path) -> Duration {
     for line in groups.lines() {
         let mut fields = line.splitn(3, ':').skip(1);
         let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
-        let (mount, read): (PathBuf, fn(&Path) -> Option<(u64, u64)>) = match controllers {
+        let (mount, read): (PathBuf, Read) = match controllers {
             "" => (root.to_owned(), unified),
             list if list.split(',').any(|controller| controller == "cpu") => (root.join(list), legacy),
             _ => continue,

@@ -255,12 +255,10 @@ impl Migration<'_> {
                 break;
             }
         }
-        loop {
-            match self.shared.next_message(self.incoming, &self.control)? {
-                Message::Probed(probed) if probed.number == number => return Ok(probed),
-                Message::Abort(abort) => return Err(setup::aborted(&abort)),
-                other => return Err(Cause::Unexpected { message: other.name(), expected: "Probed" }),
-            }
+        match self.shared.next_message(self.incoming, &self.control)? {
+            Message::Probed(probed) if probed.number == number => Ok(probed),
+            Message::Abort(abort) => Err(setup::aborted(&abort)),
+            other => Err(Cause::Unexpected { message: other.name(), expected: "the answer to a probe" }),
         }
     }
 
