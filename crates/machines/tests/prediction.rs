@@ -2,6 +2,8 @@
 //! and links with a limit. The guest stands still for no longer than `downtime-limit`, or is not stopped at all and the part
 //! that takes too long is named.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
+
 mod common;
 
 use std::sync::{Arc, Mutex};
