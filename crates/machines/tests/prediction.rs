@@ -137,9 +137,7 @@ fn start(from: &End, to: &End, parameters: &Parameters) -> (Source, Destination)
 }
 
 fn limited(downtime_limit: Duration) -> Parameters {
-    let mut parameters = Parameters::default();
-    parameters.downtime_limit = downtime_limit;
-    parameters
+    Parameters { downtime_limit, ..Parameters::default() }
 }
 
 /// What is said of a switchover that takes too long, once it is.
