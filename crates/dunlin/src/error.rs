@@ -338,8 +338,8 @@ pub enum Cause {
     /// While the destination was being asked, a person decided that the guest is here.
     #[error("the guest was taken back here by decision while the destination was being asked for it")]
     TakenBack,
-    /// The switchover took longer than it may.
-    #[error("the switchover was to take {after:?} at most (switchover-timeout); it was waiting for {waiting_for}")]
+    /// The switchover took longer than its limit.
+    #[error("the switchover took longer than {after:?} (switchover-timeout) while it waited for {waiting_for}")]
     SwitchoverTimeout {
         /// What had not come by then.
         waiting_for: &'static str,
@@ -348,14 +348,14 @@ pub enum Cause {
     },
     /// The destination has the guest, paused, and cannot say whether it ran there.
     #[error(
-        "the destination has the guest and cannot say whether it has run there; find out, then either leave this side \
-         stopped (quit) and decide there, or take the guest back here (cont --take-back)"
+        "the destination has the guest, paused, and cannot tell whether it has run there; find out, then either quit \
+         here and run the guest there, or run it here (cont --take-back on the side that is to run it)"
     )]
     Unclear,
     /// The guest's start went wrong in a way that does not tell whether a vCPU has run.
     #[error(
-        "{why}; whether the guest has run here cannot be said; it is kept, paused: decide on one side where it goes on \
-         (cont --take-back)"
+        "{why}; this side cannot tell whether the guest has run here, and keeps it paused; decide where the guest is \
+         to run, and use cont --take-back on that side only"
     )]
     MayHaveRun {
         /// What went wrong.
@@ -363,7 +363,7 @@ pub enum Cause {
     },
     /// Both sides have run the guest, by decisions of persons that did not know of each other.
     #[error(
-        "conflict: both sides have run the guest by a person's decision; {here}; nothing was thrown away: compare the two, \
+        "conflict: both sides have run the guest, by a person's decision; {here}; both copies are kept: compare them, \
          quit the one that is not wanted, and continue the other (cont --take-back)"
     )]
     Conflict {
@@ -372,8 +372,8 @@ pub enum Cause {
     },
     /// Everything has arrived, and the source was lost before it released the guest.
     #[error(
-        "the source was lost when everything had arrived and before it released the guest ({last}); this side waits \
-         for it to connect again; if it is gone for good, take the guest over here (cont --take-back)"
+        "the whole guest has arrived, but the source was lost before it released the guest ({last}); this side waits \
+         for the source to connect again; if it is gone for good, take the guest over here (cont --take-back)"
     )]
     Orphaned {
         /// How it was lost.
@@ -454,19 +454,19 @@ pub enum GuestError {
     InHandover,
     /// It was released and nobody knows whether it runs at the other side.
     #[error(
-        "the guest was released to the other side, which may be running it; make sure that it is not, then take it \
-         back by decision (cont --take-back)"
+        "the guest was released to the other side, which may be running it; make sure that the other side does not run \
+         it, then take it back here (cont --take-back)"
     )]
     Undecided,
     /// A decision was given though nothing is undecided.
     #[error("nothing is undecided here: the guest is {0}")]
     NothingToDecide(GuestPlace),
-    /// A migration is to be continued that does not wait.
-    #[error("the migration does not wait in {expected}: it is {actual}")]
+    /// A migration cannot be continued, because it is not waiting in the status that was named.
+    #[error("the migration is not waiting in {expected}: its status is {actual}")]
     NotWaiting {
-        /// Where it was taken to wait.
+        /// The status that was named.
         expected: Status,
-        /// Where it stands.
+        /// The migration's status.
         actual: Status,
     },
     /// A migration is running already.
@@ -512,15 +512,19 @@ pub enum GuestError {
     /// A start was called off before the first vCPU ran.
     #[error("the start was called off: the other side has said that the guest is there")]
     StartRevoked,
-    /// A start came too late: the other side may have heard a person's decision since.
-    #[error("the guest was not started within {lease:?} after the source was last known to have released it")]
+    /// A start came too late. The source may have taken the guest back since, by a person's decision.
+    #[error(
+        "the guest did not start within {lease:?} after this side asked the source to release it; a later start is \
+         not safe, because the source may have taken the guest back"
+    )]
     StartTooLate {
         /// The limit.
         lease: Duration,
     },
     /// A decision was given while the other side may be about to run the guest.
     #[error(
-        "the other side was heard of a moment ago and may be about to run the guest: wait another {left:.1?}, or decide all          the same (--force) if you know for certain that it will not"
+        "the other side was heard a moment ago and may be about to run the guest; wait another {left:.1?}, or use \
+         --force if you know for certain that the other side will not run it"
     )]
     StillHeard {
         /// Until then.

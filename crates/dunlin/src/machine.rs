@@ -40,10 +40,10 @@ pub trait Machine: Send + Sync {
     /// The reason for a refusal, in words for the operator of the source.
     fn accept_profile(&self, profile: &[u8]) -> Result<(), MachineError>;
 
-    /// What a switchover costs this machine at most, besides RAM. Called while the guest runs, once for each migration, and
-    /// must not stop it. The guest is not stopped while this says that it would stand still for longer than
-    /// `downtime-limit`. What pausing, saving, loading and resuming really took counts more than what is said here, for five
-    /// minutes: a machine that does not know better may say [`SwitchoverCost::default`].
+    /// What a switchover costs this machine at most, besides RAM. The engine calls it once for each migration, while
+    /// the guest runs, and it must not stop the guest. The engine adds these costs to the predicted downtime, and does
+    /// not stop a guest whose predicted downtime is above `downtime-limit`. Costs that the engine measured in the last
+    /// five minutes take precedence. A machine that does not know its costs may return [`SwitchoverCost::default`].
     fn switchover_cost(&self) -> SwitchoverCost;
 
     /// Stops all vCPUs and devices. When it returns nothing writes to RAM or changes device state any more.
@@ -59,12 +59,15 @@ pub trait Machine: Send + Sync {
         None
     }
 
-    /// Starts or restarts all vCPUs and devices under `permit`. Each vCPU asks [`StartPermit::enter`] each time right before
-    /// it enters the guest, each device before its first output, and does nothing if the answer is no: this call may hang or
-    /// come late, and the guest be the other side's by then. A machine that runs keeps running under the permit it has.
+    /// Starts or restarts all vCPUs and devices under `permit`. Each vCPU calls [`StartPermit::enter`] every time right
+    /// before it enters the guest, and each device before its first output. If the answer is `false`, the vCPU or
+    /// device does nothing: this call may have hung, and the other side may own the guest by now. A machine that
+    /// already runs keeps running under the permit that it has.
     ///
     /// # Errors
-    /// Must mean that not one vCPU has run: the engine then gives the guest back to the other side.
+    /// When the machine could not be started. No vCPU may run from then on. If no vCPU has entered the guest under
+    /// `permit`, the engine may give the guest back to the other side. Otherwise it keeps the guest, and a person
+    /// decides.
     fn resume(&self, permit: &StartPermit) -> Result<(), MachineError>;
 
     /// The paused machine's state besides RAM.
@@ -73,18 +76,18 @@ pub trait Machine: Send + Sync {
     /// When it cannot be read; the guest then goes on at the source.
     fn save(&self) -> Result<Vec<StateSection>, MachineError>;
 
-    /// Takes over the state that [`save`](Self::save) gave on the other side. Must check all of it: what is
-    /// accepted here runs. Unknown sections are an error unless their [`Need`] is [`Need::Optional`]. That no byte of
-    /// a section was changed on the way has been checked.
+    /// Loads the state that [`save`](Self::save) returned on the other side. The machine must check all of the state,
+    /// because the guest runs with it. An unknown section is an error unless its [`Need`] is [`Need::Optional`]. The
+    /// engine has already verified each section's checksum.
     ///
     /// # Errors
-    /// When it does not fit this machine; the guest then goes on at the source, and this machine must be ready to
-    /// load another state.
+    /// When the state does not fit this machine. The guest then goes on at the source, and this machine must be ready
+    /// to load another state.
     fn load(&self, sections: Vec<StateSection>) -> Result<(), MachineError>;
 
-    /// As [`load`](Self::load), of a state that was saved `age` ago: for a machine whose guest's clock goes on by the time that
-    /// the guest stands still. The difference of two hosts' wall clocks tells that time only as far as they agree. This is the
-    /// method that the engine calls.
+    /// Loads the state as [`load`](Self::load) does; the state was saved `age` ago. The engine calls this method. A
+    /// machine implements it to move its guest's clock forward by the time that the guest stood still. The two hosts'
+    /// wall clocks measure that time only as well as they agree.
     ///
     /// # Errors
     /// As for [`load`](Self::load).
@@ -93,19 +96,20 @@ pub trait Machine: Send + Sync {
         self.load(sections)
     }
 
-    /// Takes or gives up what only one machine may use at a time, in this process or elsewhere: locks on disk images, above
-    /// all. `claim` says how much of it is this side's from now on; what it already is changes nothing. The engine calls it
-    /// whenever ownership of the guest changes, while the guest is paused, and before a [`resume`](Self::resume).
+    /// Takes or gives up what only one machine may use at a time, above all the locks on disk images. `claim` says
+    /// which part belongs to this side from now on. Claiming what this side already has changes nothing. The engine
+    /// calls this whenever ownership of the guest changes, while the guest is paused, and before each
+    /// [`resume`](Self::resume).
     ///
     /// # Errors
-    /// When it cannot be taken, because another machine has it. Giving up never fails.
+    /// When another machine has what is claimed. Giving up never fails.
     fn claim(&self, claim: Claim) -> Result<(), MachineError> {
         let _ = claim;
         Ok(())
     }
 
-    /// The vCPUs, if this machine can slow them. One that cannot is migrated as well, but `auto-converge` does nothing for
-    /// it. Called at any time, also while another method runs.
+    /// The vCPUs, if this machine can slow them. A machine that cannot is migrated all the same, but `auto-converge`
+    /// has no effect on it. The engine calls this at any time, also while another method runs.
     fn vcpus(&self) -> Option<&dyn Vcpus> {
         None
     }
@@ -134,9 +138,9 @@ impl Default for SwitchoverCost {
     }
 }
 
-/// How long ago the state that is being loaded was saved, as far as this side can know: by its own clock, which nobody sets and
-/// which goes on while the host is suspended, and by the order of messages. The source saved the state after it had heard of
-/// something that this side sent, and before this side received the state.
+/// How long ago the state that is being loaded was saved, between two bounds. The source saved the state after it
+/// received a certain message from this side, and before this side received the state. This side times both with its
+/// own clock. Nobody sets that clock, and it goes on while the host is suspended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StateAge {
     after: BootInstant,
@@ -172,8 +176,8 @@ impl StateAge {
 pub enum Claim {
     /// Both parts: the guest is here, running or paused, and nobody else has to do with it.
     Whole,
-    /// Both parts, and the guest goes on whatever has been done to them meanwhile (an image was written, say): a person has
-    /// decided so.
+    /// Both parts. The guest goes on even if somebody else has changed what it uses, a disk image for instance. Only a
+    /// person's decision asks for this.
     Anyway,
     /// The owner's part: the guest has just come, or is taken over, and its source still has the session's part.
     Arrived,
@@ -186,21 +190,22 @@ pub enum Claim {
 /// The vCPUs of a machine that can be slowed, numbered from 0. Methods are called at any time, from any thread, also while
 /// the machine starts, stops, loads or saves, and do not wait for the vCPUs.
 ///
-/// What must stay true: a throttled vCPU is paused as soon as another, and nothing that it does is lost or done twice: it
-/// only waits between two of its instructions. The throttle is not part of the guest's state and is not saved.
+/// What must stay true: a throttled vCPU can be paused as quickly as any other. Nothing that it does is lost or done
+/// twice, because it only waits between two of its instructions. The throttle is not part of the guest's state and is
+/// not saved.
 pub trait Vcpus: Send + Sync {
     /// How many there are. It does not change.
     fn count(&self) -> usize;
 
-    /// Throttles each vCPU by its percentage: one for each, 0 (not at all) to 99. A vCPU that is throttled by 75 runs for a
-    /// quarter of its time and sleeps for the rest, by turns that are short (20 ms for both): the engine measures what it
-    /// does over 50 ms. Takes effect as soon, and while the machine is paused from when it runs again; it holds until
-    /// something else is set.
+    /// Throttles each vCPU by its percentage, from 0 (not at all) to 99. `percent` has one value for each vCPU. A vCPU
+    /// that is throttled by 75 runs for a quarter of its time and sleeps for the rest. One run and one sleep take 20 ms
+    /// together, because the engine measures over 50 ms. The throttle takes effect immediately, or when a paused
+    /// machine resumes. It holds until it is set again.
     fn set_throttle(&self, percent: &[u8]);
 
-    /// For each vCPU a count of the pages that it has dirtied, which only grows; `None` if the machine cannot tell vCPUs
-    /// apart. Only differences are used, and only as weights: they need not be exact, and pages may be counted as often as
-    /// they are written or only when they become dirty, as long as it is the same for all vCPUs.
+    /// For each vCPU, the number of pages that it has dirtied so far. `None` if the machine cannot tell vCPUs apart. A
+    /// count never falls. The engine uses only differences, as weights, so the counts need not be exact. A machine may
+    /// count every write or only a page's first write, but it must count the same way for all vCPUs.
     fn dirtied(&self) -> Option<Vec<u64>>;
 }
 

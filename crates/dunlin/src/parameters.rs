@@ -571,7 +571,6 @@ impl Parameters {
         })
     }
 
-    /// Data channels on a transport that can have several connections.
     /// How long the guest may be kept stopped for the switchover.
     pub(crate) fn switchover_limit(&self) -> Duration {
         const OVER_DOWNTIME: Duration = Duration::from_secs(5);
@@ -581,6 +580,7 @@ impl Parameters {
         }
     }
 
+    /// Data channels on a transport that can have several connections.
     pub(crate) fn data_channels(&self) -> u8 {
         match self.multifd {
             Switch::On => self.multifd_channels,

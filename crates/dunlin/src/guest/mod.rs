@@ -204,16 +204,17 @@ impl Guest {
         self.state().ended
     }
 
-    /// Says that the guest has ended: it switched itself off, say. Its vCPUs must do nothing more, except where it ends with
-    /// its process and is still to be [stopped](Self::stop). It is not started again, and a migration out fails on both sides
-    /// with that reason. The first end counts. A VMM calls this from any thread, a vCPU's too: it waits for nothing.
+    /// Tells the engine that the guest has ended, for instance because it switched itself off. A VMM may call this from
+    /// any thread, also from a vCPU's: it does not block. After [`GuestEnd::ProcessEnds`] the vCPUs may run until the
+    /// guest is [stopped](Self::stop); after any other end they must do nothing more. The guest cannot be started
+    /// again, and a migration out fails on both sides with this reason. Only the first end counts.
     ///
-    /// A machine that implements [`Machine::ended`] is asked besides each time that it has been paused, so that a guest is not
-    /// handed over that ended a moment before.
+    /// The engine also asks [`Machine::ended`] after each pause, so that a guest that ended just before is not handed
+    /// over.
     ///
     /// # Errors
-    /// When the guest is not here, or not here any more: how it ended then belongs to its machine's state, and is for the side
-    /// to say that gets the guest.
+    /// When the guest is not here, or not here any more. The end is then part of the machine's state, and the side that
+    /// gets the guest reports it.
     pub fn ended(&self, end: GuestEnd) -> Result<(), GuestError> {
         self.note_end(end)
     }
@@ -231,8 +232,8 @@ impl Guest {
         self.operate(Resume::Run, Claim::Whole)
     }
 
-    /// Starts or restarts the guest as [`cont`](Self::cont) does, and also if what belongs to it alone is not as it left it: a
-    /// disk image was written by somebody else meanwhile, say. What the guest makes of that is for whoever decides to know.
+    /// Starts or restarts the guest as [`cont`](Self::cont) does, even if somebody else has changed what the guest
+    /// uses, for instance a disk image. The guest may lose data then; the person who decides must judge that.
     ///
     /// # Errors
     /// As for [`cont`](Self::cont).
@@ -248,12 +249,13 @@ impl Guest {
         self.operate(Resume::StayPaused, Claim::Whole)
     }
 
-    /// A person's decision: the guest, of which nobody knows whether the other side runs it, is here. It goes on as it was
-    /// when it was paused for the switchover. Works on both sides, at any time, also when the [`Source`](crate::Source) or
-    /// [`Destination`](crate::Destination) of the migration was dropped.
+    /// Runs an undecided guest on this side, by a person's decision. The guest goes on from where it was paused for the
+    /// switchover, and stays paused if it was paused before. This works on both sides, also after the
+    /// [`Source`](crate::Source) or [`Destination`](crate::Destination) was dropped.
     ///
-    /// Whoever decides must have made sure that the other side does not run the guest. If it does, and both sides hear of each
-    /// other again, the side with the earlier decision pauses its guest and keeps it.
+    /// Before deciding, a person must make sure that the other side does not run the guest. If both sides run the guest
+    /// and connect again, the side with the lower epoch pauses its guest and keeps it. If the epochs are equal, the
+    /// destination does.
     ///
     /// # Errors
     /// When nothing is undecided here, `rule` does not allow it yet, or the guest could not be started. In the last case it
@@ -262,10 +264,10 @@ impl Guest {
         self.decide_here(rule)
     }
 
-    /// Slows `vcpu`, or every vCPU without one: it does not run for `percent` (0 to 99) of its time. To be done at any time,
-    /// whether a guest is here or not, runs or is being migrated; it takes effect at once and holds until it is changed or
-    /// [cancelled](Self::cancel_vcpu_throttle). A migration that asks for more (`auto-converge`) gets it. What was asked
-    /// for belongs to this side and does not travel: a guest that has gone runs at full speed over there.
+    /// Slows `vcpu`, or every vCPU if `vcpu` is `None`: a slowed vCPU does not run for `percent` (0 to 99) of its time.
+    /// It may be called at any time. The throttle takes effect immediately and holds until it is changed or
+    /// [cancelled](Self::cancel_vcpu_throttle). If `auto-converge` asks for more, the vCPU is slowed by that much. The
+    /// throttle belongs to this side: a guest that has moved runs at full speed at the destination.
     ///
     /// # Errors
     /// When there is no such vCPU, the percentage is out of range, or this machine cannot throttle its vCPUs. Nothing is
@@ -274,7 +276,7 @@ impl Guest {
         self.throttle.set_operator(vcpu, percent)
     }
 
-    /// Lets `vcpu`, or every vCPU without one, run again as fast as it can, but for what a migration asks for.
+    /// Ends the throttle of `vcpu`, or of every vCPU if `vcpu` is `None`. A throttle that a migration set stays.
     ///
     /// # Errors
     /// When there is no such vCPU, or this machine cannot throttle its vCPUs.
@@ -291,8 +293,8 @@ impl Guest {
     /// result when it is there. A guest that is paused dirties nothing.
     ///
     /// # Errors
-    /// When the guest is not here, something is out of range, one is being measured already, or its way of measuring is not
-    /// to be had: [`DirtyRateError`] says why. Nothing is changed then.
+    /// When the guest is not here, `request` is out of range, a measurement is already running, or this machine cannot
+    /// measure in the way that `request` names. [`DirtyRateError`] says which. Nothing is changed then.
     pub fn calc_dirty_rate(&self, request: &DirtyRateRequest) -> Result<(), DirtyRateError> {
         self.state().must_be_here()?;
         self.dirty_rate.start(&self.calls, request, || match self.state().migrating {

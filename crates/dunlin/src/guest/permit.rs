@@ -56,7 +56,8 @@ impl fmt::Debug for StartPermit {
 }
 
 impl StartPermit {
-    /// A permit that nobody revokes: of a guest that nobody else can run, or for a VMM's own tests of its machine.
+    /// A permit without a limit on when it is first used. It is for a guest that this side owns, for a guest
+    /// that a person takes over, and for a VMM's own tests of its machine. The engine can still revoke it.
     pub fn unlimited() -> Self {
         Self::new(None)
     }

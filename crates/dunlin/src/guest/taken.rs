@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 use crate::error::MachineStep;
 use crate::machine::SwitchoverCost;
 
-/// Calls of each kind that are remembered,
+/// How many calls of each step are remembered.
 const REMEMBERED: usize = 4;
-/// and for how long.
+/// How long a call is remembered.
 const KNOWN: Duration = Duration::from_secs(300);
-/// For how long a single one is believed that took longer than was said: a host that stood still for a while must not keep
-/// its guests from being moved.
+/// How long a single slow call counts. One slow call may be an accident, for instance of a host that stood still, and
+/// must not keep guests from being moved.
 const FRESH: Duration = Duration::from_secs(10);
 
 /// The latest calls of each step that a switchover is made of.
@@ -33,8 +33,9 @@ fn push<T>(recent: &mut VecDeque<(Instant, T)>, now: Instant, value: T) {
     recent.push_back((now, value));
 }
 
-/// What is to be expected: the most of just now; of longer ago the most but one, as one may have been an accident; and where
-/// there is only that one, no more than was `declared`.
+/// The value to expect for the next call: the second largest of the remembered ones, as the largest may be an accident.
+/// If only one is remembered, the value is at most `declared`; if none is, `declared`. A larger value within [`FRESH`]
+/// wins.
 fn expected<T: Ord + Copy>(recent: &VecDeque<(Instant, T)>, declared: T, now: Instant) -> T {
     let within = |age| recent.iter().filter(move |(at, _)| now.saturating_duration_since(*at) <= age);
     let fresh = within(FRESH).map(|(_, value)| *value).max();

@@ -180,7 +180,8 @@ impl Trials {
         }
     }
 
-    /// What bytes that the link would have taken so long for are worth: the destination must put them back.
+    /// What is gained when the link is spared `saved` nanoseconds a byte. Decompression at the destination is taken
+    /// off: half of what the cheapest step costs.
     fn gain(&self, saved: f64) -> f64 {
         saved - self.steps.first().and_then(|step| step.cost).unwrap_or(0.0) / 2.0
     }

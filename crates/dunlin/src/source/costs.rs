@@ -12,11 +12,12 @@ use crate::wire::Probed;
 
 /// The longest probe. More state is reckoned from one of this size.
 const MAX_PROBE_BYTES: u64 = 16 << 20;
-/// Of so many latest probes, if they are no older than that, the slowest counts.
+/// How many probes are remembered. The slowest of them counts.
 const REMEMBERED: usize = 8;
+/// How long a probe is remembered. The next probe is also due after this time at the latest, so that a slow probe is
+/// soon replaced.
 const FRESH: Duration = Duration::from_secs(5);
-/// Probes take at most one part in so many of the time, as long as they follow each other in time: one that took long because
-/// somebody stood still must not be the last for long.
+/// The pause after a probe is this many times as long as the probe, but at most [`FRESH`].
 const PART: u32 = 20;
 
 /// What a probe has shown.
@@ -85,8 +86,8 @@ impl Probes {
         self.there = Some(there);
     }
 
-    /// What a switchover will cost besides RAM, of which this side's machine is `here`, looking for what is dirty takes
-    /// `look`, and the limit is `rate` when the guest is stopped.
+    /// What a switchover will cost besides RAM. `here` is the cost of this side's machine, `look` the time to find the
+    /// last dirty pages, and `rate` the bandwidth limit while the guest is stopped (0 for none).
     pub(super) fn fixed(&self, here: &Expected, look: Duration, rate: u64) -> Fixed {
         let state = self.recent.iter().map(|(_, probe)| probe.scaled(here.state_bytes, rate)).max().unwrap_or_default();
         let round_trip = self.recent.iter().map(|(_, probe)| probe.round_trip).max().unwrap_or_default();
