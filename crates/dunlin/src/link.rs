@@ -26,6 +26,7 @@ mod quota;
 mod watch;
 
 pub(crate) use greeting::{answer_hello, say_hello};
+pub(crate) use quota::longest_standstill as standstill;
 pub(crate) use watch::{Part, Watch, Watched};
 
 /// Figures of one channel, readable while it works.

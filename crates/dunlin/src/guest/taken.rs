@@ -33,24 +33,29 @@ fn push<T>(recent: &mut VecDeque<(Instant, T)>, now: Instant, value: T) {
     recent.push_back((now, value));
 }
 
-/// The value to expect for the next call: the second largest of the remembered ones, as the largest may be an accident.
-/// If only one is remembered, the value is at most `declared`; if none is, `declared`. A larger value within [`FRESH`]
-/// wins.
-fn expected<T: Ord + Copy>(recent: &VecDeque<(Instant, T)>, declared: T, now: Instant) -> T {
+/// The most within [`KNOWN`].
+fn most(recent: &VecDeque<(Instant, u64)>, now: Instant) -> Option<u64> {
+    recent.iter().filter(|(at, _)| now.saturating_duration_since(*at) <= KNOWN).map(|(_, bytes)| *bytes).max()
+}
+
+/// The time to expect for the next call: the second longest of the remembered ones, as the longest may be an accident.
+/// If only one is remembered, it counts from once to four times `declared`; if none is, `declared` does. A longer one within
+/// [`FRESH`] wins.
+fn expected(recent: &VecDeque<(Instant, Duration)>, declared: Duration, now: Instant) -> Duration {
     let within = |age| recent.iter().filter(move |(at, _)| now.saturating_duration_since(*at) <= age);
     let fresh = within(FRESH).map(|(_, value)| *value).max();
-    let mut known: Vec<T> = within(KNOWN).map(|(_, value)| *value).collect();
+    let mut known: Vec<Duration> = within(KNOWN).map(|(_, value)| *value).collect();
     known.sort_unstable();
     let known = match known.as_slice() {
         [] => declared,
-        [one] => declared.min(*one),
+        [one] => declared.max((*one).min(declared.saturating_mul(4))),
         [.., but_one, _] => *but_one,
     };
     fresh.map_or(known, |fresh| fresh.max(known))
 }
 
 impl Taken {
-    /// A call that succeeded has taken `duration` and ended at `now`.
+    /// A call has taken `duration` and ended at `now`.
     pub(super) fn note(&mut self, step: MachineStep, now: Instant, duration: Duration) {
         let recent = match step {
             MachineStep::Pause => &mut self.pause,
@@ -77,7 +82,8 @@ impl Taken {
             load: of(&self.load, declared.load),
             resume: of(&self.resume, declared.resume),
             claim: of(&self.claim, Duration::ZERO),
-            state_bytes: expected(&self.state_bytes, declared.state_bytes, now),
+            // No accident makes these more than they are.
+            state_bytes: most(&self.state_bytes, now).unwrap_or(declared.state_bytes),
         }
     }
 }
@@ -117,6 +123,9 @@ mod tests {
         let later = now + FRESH + ms(1);
         assert_eq!(taken.expect(declared, later).pause, ms(20), "later what is confirmed");
         assert_eq!(taken.expect(declared, later).claim, ms(0), "and nothing that was seen once");
+        assert_eq!(taken.expect(declared, later).state_bytes, 1000);
+        taken.note(MachineStep::Save, now, ms(7));
+        assert_eq!(taken.expect(declared, later).save, ms(7), "but for what was said, four times as much");
         assert_eq!(taken.expect(declared, now + KNOWN + ms(1)).pause, ms(1), "until it is forgotten");
         for _ in 0..REMEMBERED {
             taken.note(MachineStep::Pause, now, ms(10));

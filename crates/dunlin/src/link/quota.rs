@@ -16,7 +16,7 @@ type Read = fn(&Path) -> Option<(u64, u64)>;
 
 /// How long this process may have to stand still because it has used up its part of a processor: zero where it may use a whole
 /// one, and where that cannot be read.
-pub(super) fn longest_standstill() -> Duration {
+pub(crate) fn longest_standstill() -> Duration {
     let Ok(groups) = fs::read_to_string("/proc/self/cgroup") else { return Duration::ZERO };
     standstill_in(&groups, Path::new(ROOT))
 }

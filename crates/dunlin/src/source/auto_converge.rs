@@ -58,6 +58,9 @@ impl AutoConverge {
     }
 }
 
+/// Rounds in a row in which the switchover alone takes too long, after which the guest is let go.
+const PERSISTENT: u32 = 3;
+
 fn settings(parameters: &Parameters) -> Settings {
     Settings {
         threshold: parameters.throttle_trigger_threshold,
@@ -78,10 +81,19 @@ impl Migration<'_> {
         };
         let (Some(vcpus), Some(round)) = (machine.vcpus(), self.rounds.last().copied()) else { return Ok(()) };
         // The guest's writes are not what keeps a switchover that takes too long by itself.
-        if switch == Switch::Off || verdict.fixed_too_long {
+        if switch == Switch::Off {
             self.set_throttle(&[]);
             return Ok(());
         }
+        if verdict.fixed_too_long {
+            self.too_long = self.too_long.saturating_add(1);
+            // One that did so once may have been held up.
+            if self.too_long >= PERSISTENT {
+                self.set_throttle(&[]);
+            }
+            return Ok(());
+        }
+        self.too_long = 0;
         if verdict.predicted <= limit {
             return Ok(());
         }

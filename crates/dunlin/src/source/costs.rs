@@ -6,12 +6,19 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use crate::error::Cause;
 use crate::guest::Expected;
 use crate::units::format_size;
 use crate::wire::Probed;
 
 /// The longest probe. More state is reckoned from one of this size.
 const MAX_PROBE_BYTES: u64 = 16 << 20;
+/// A probe should not take longer: no RAM is sent meanwhile.
+const LONGEST: Duration = Duration::from_millis(250);
+/// A probe of more state than this has at least so many bytes.
+const SMALLEST: u64 = 64 << 10;
+/// What a destination may say that a part of its takes.
+const BELIEVABLE: Duration = Duration::from_secs(600);
 /// How many probes are remembered. The slowest of them counts.
 const REMEMBERED: usize = 8;
 /// How long a probe is remembered. The next probe is also due after this time at the latest, so that a slow probe is
@@ -59,8 +66,12 @@ pub(super) struct Probes {
 }
 
 impl Probes {
-    /// Whether it is time for another: they must not take what is to be measured.
-    pub(super) fn are_due(&self, now: Instant) -> bool {
+    /// Whether it is time for another: they must not take what is to be measured. One under another limit than there is now
+    /// says too little.
+    pub(super) fn are_due(&self, now: Instant, rate: u64) -> bool {
+        if self.recent.back().is_some_and(|(_, latest)| latest.rate != rate) {
+            return true;
+        }
         self.latest.is_none_or(|(at, took)| now.saturating_duration_since(at) >= took.saturating_mul(PART).min(FRESH))
     }
 
@@ -70,9 +81,10 @@ impl Probes {
         self.number
     }
 
-    /// Bytes to measure `state_bytes` with.
-    pub(super) fn size(state_bytes: u64) -> u64 {
-        state_bytes.min(MAX_PROBE_BYTES)
+    /// Bytes to measure `state_bytes` with, on a link that carries about `bandwidth` bytes a second.
+    pub(super) fn size(state_bytes: u64, bandwidth: u64) -> u64 {
+        let soon = (bandwidth as f64 * LONGEST.as_secs_f64()) as u64;
+        state_bytes.min(MAX_PROBE_BYTES).min(soon.max(SMALLEST))
     }
 
     /// A probe is over that began at `began`.
@@ -88,7 +100,8 @@ impl Probes {
 
     /// What a switchover will cost besides RAM. `here` is the cost of this side's machine, `look` the time to find the
     /// last dirty pages, and `rate` the bandwidth limit while the guest is stopped (0 for none).
-    pub(super) fn fixed(&self, here: &Expected, look: Duration, rate: u64) -> Fixed {
+    /// This side may have to stand still for `standstill`.
+    pub(super) fn fixed(&self, here: &Expected, look: Duration, rate: u64, standstill: Duration) -> Fixed {
         let state = self.recent.iter().map(|(_, probe)| probe.scaled(here.state_bytes, rate)).max().unwrap_or_default();
         let round_trip = self.recent.iter().map(|(_, probe)| probe.round_trip).max().unwrap_or_default();
         let there =
@@ -103,8 +116,31 @@ impl Probes {
             release: round_trip.saturating_add(here.claim),
             resume: there.resume,
             late: there.late,
+            standstill,
         }
     }
+}
+
+/// A destination's word, unless it is beyond all reason.
+pub(super) fn believable(there: Probed) -> Result<Probed, Cause> {
+    match [there.load, there.resume, there.late].into_iter().max() {
+        Some(longest) if longest > BELIEVABLE => Err(Cause::Incompatible {
+            reason: format!("the destination says that it will need {} s to start the guest", longest.as_secs()),
+        }),
+        _ => Ok(there),
+    }
+}
+
+/// Bytes that nothing on the way can compress.
+pub(super) fn any_bytes(length: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let words = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.flatten().take(length).collect()
 }
 
 /// What a switchover costs besides RAM, part by part.
@@ -123,10 +159,12 @@ pub(super) struct Fixed {
     pub(super) resume: Duration,
     /// The destination is short of processors.
     pub(super) late: Duration,
+    /// So is this side.
+    pub(super) standstill: Duration,
 }
 
 impl Fixed {
-    fn parts(&self) -> [(Duration, String); 8] {
+    fn parts(&self) -> [(Duration, String); 9] {
         let said = |text: &str| text.to_owned();
         [
             (self.pause, said("to pause it here")),
@@ -137,6 +175,7 @@ impl Fixed {
             (self.release, said("to hand it over, there and back")),
             (self.resume, said("to start it there")),
             (self.late, said("until the destination, which is short of processor time, gets to it")),
+            (self.standstill, said("until this side, which is short of processor time, gets to it")),
         ]
     }
 
@@ -186,8 +225,8 @@ mod tests {
             let measured = Measured { round_trip: ms(took / 4), took: ms(took), bytes: 100, rate: 0 };
             probes.note(began, began + ms(took), measured, there);
         }
-        let fixed = probes.fixed(&here, ms(4), 0);
-        assert_eq!(fixed.total(), ms(1 + 4 + 2 + 40 + 5 + 10 + 3 + 6 + 7));
+        let fixed = probes.fixed(&here, ms(4), 0, ms(8));
+        assert_eq!(fixed.total(), ms(1 + 4 + 2 + 40 + 5 + 10 + 3 + 6 + 7 + 8));
         assert_eq!(fixed.longest(), "40 ms for 100 B of device state on the way");
     }
 
@@ -195,17 +234,18 @@ mod tests {
     fn probes_take_a_twentieth_of_the_time() {
         let began = Instant::now();
         let mut probes = Probes::default();
-        assert!(probes.are_due(began));
+        assert!(probes.are_due(began, 0));
         let there = Probed { number: 1, load: ms(0), resume: ms(0), late: ms(0) };
         probes.note(began, began + ms(10), Measured { round_trip: ms(1), took: ms(9), bytes: 1, rate: 0 }, there);
-        assert!(!probes.are_due(began + ms(209)));
-        assert!(probes.are_due(began + ms(210)));
+        assert!(!probes.are_due(began + ms(209), 0));
+        assert!(probes.are_due(began + ms(210), 0));
+        assert!(probes.are_due(began + ms(11), 5), "another limit is another link");
         let slow = Measured { round_trip: ms(3000), took: ms(3000), bytes: 1, rate: 0 };
         probes.note(began, began + ms(6000), slow, there);
-        assert!(probes.are_due(began + ms(11_000)), "but are not given up after one that took long");
+        assert!(probes.are_due(began + ms(11_000), 0), "but are not given up after one that took long");
         let here = Expected { pause: ms(0), save: ms(0), load: ms(0), resume: ms(0), claim: ms(0), state_bytes: 1 };
         let usual = Measured { round_trip: ms(1), took: ms(1), bytes: 1, rate: 0 };
         probes.note(began + ms(11_000), began + ms(11_000), usual, there);
-        assert_eq!(probes.fixed(&here, ms(0), 0).total(), ms(2), "which is forgotten");
+        assert_eq!(probes.fixed(&here, ms(0), 0, ms(0)).total(), ms(2), "which is forgotten");
     }
 }

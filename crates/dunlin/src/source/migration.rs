@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::auto_converge::AutoConverge;
 use super::contention::Contention;
 use super::convergence::{self, Costs, Decision, RoundFigures, Verdict};
-use super::costs::{Fixed, Measured, Probes};
+use super::costs::{self, Fixed, Measured, Probes};
 use super::dirty::DirtyRam;
 use super::marks::Marks;
 use super::setup::{self, Control};
@@ -19,7 +19,7 @@ use super::{Event, Shared, switchover};
 use crate::channel::Connections;
 use crate::error::{Cause, MachineStep, Phase};
 use crate::guest::GuestEvent;
-use crate::link::{contain, lock};
+use crate::link::{contain, lock, standstill};
 use crate::machine::SwitchoverCost;
 use crate::report::{PageCounts, Round, Status};
 use crate::to_go::{self, ToGo};
@@ -49,6 +49,8 @@ pub(super) struct Migration<'a> {
     /// What the machine says that a switchover costs.
     declared: SwitchoverCost,
     probes: Probes,
+    /// Rounds in a row in which the switchover alone takes too long.
+    pub(super) too_long: u32,
     contention: Contention,
     marks: Marks,
     /// The figures at the end of the round before.
@@ -113,6 +115,7 @@ fn migrate(shared: &Shared, events: &Sender<Event>, incoming: &Receiver<Event>) 
         last_sync: Duration::ZERO,
         declared,
         probes: Probes::default(),
+        too_long: 0,
         contention: Contention::new(),
         marks,
         moved_before: shared.transferred_bytes(),
@@ -148,10 +151,12 @@ impl Migration<'_> {
             // Under a limit the last frame's time is not over when it has arrived. A stopped guest must not wait for it.
             self.common.pacer.settle(&self.shared.stop);
             let duration = began.elapsed();
-            if self.probes.are_due(Instant::now()) {
-                self.probe()?;
+            // Before the probe, whose bytes are not the round's.
+            let moved = self.moved();
+            if self.probes.are_due(Instant::now(), self.common.pacer.rate()) {
+                self.probe(bytes_a_second(moved.0, duration))?;
             }
-            let verdict = self.end_round(number, duration)?;
+            let verdict = self.end_round(number, duration, moved)?;
             match verdict.decision {
                 Decision::SwitchOver => return Ok(number),
                 Decision::AnotherRound => {
@@ -225,8 +230,8 @@ impl Migration<'_> {
     }
 
     /// Measures what the way there and back takes, and what the destination needs to take device state.
-    fn probe(&mut self) -> Result<(), Cause> {
-        let bytes = Probes::size(self.shared.guest.calls().expect(self.declared).state_bytes);
+    fn probe(&mut self, bandwidth: u64) -> Result<(), Cause> {
+        let bytes = Probes::size(self.shared.guest.calls().expect(self.declared).state_bytes, bandwidth);
         let began = Instant::now();
         self.answered_probe(0)?;
         let round_trip = began.elapsed();
@@ -234,6 +239,8 @@ impl Migration<'_> {
         let there = self.answered_probe(bytes)?;
         let measured = Measured { round_trip, took: sent.elapsed(), bytes, rate };
         self.common.pacer.settle(&self.shared.stop);
+        // What went over is no round's.
+        let _ = self.moved();
         self.probes.note(began, Instant::now(), measured, there);
         Ok(())
     }
@@ -243,31 +250,36 @@ impl Migration<'_> {
         let number = self.probes.next_number();
         let mut left = bytes;
         loop {
-            let piece = vec![0x5a; left.min(PIECE_BYTES as u64) as usize];
+            let piece = costs::any_bytes(left.min(PIECE_BYTES as u64) as usize);
             left = left.saturating_sub(piece.len() as u64);
             self.common.pacer.pay(piece.len() as u64, &self.shared.stop);
             if self.stopped() {
                 return Err(Cause::Cancelled);
             }
             let (last, checksum) = (left == 0, data_checksum(&piece));
-            self.control.send(&Message::Probe(Probe { number, last, checksum, piece }))?;
+            let sent = self.control.send(&Message::Probe(Probe { number, last, checksum, piece }));
+            sent.map_err(|cause| self.shared.reason_for(cause, self.incoming))?;
             if last {
                 break;
             }
         }
         match self.shared.next_message(self.incoming, &self.control)? {
-            Message::Probed(probed) if probed.number == number => Ok(probed),
+            Message::Probed(probed) if probed.number == number => costs::believable(probed),
             Message::Abort(abort) => Err(setup::aborted(&abort)),
             other => Err(Cause::Unexpected { message: other.name(), expected: "the answer to a probe" }),
         }
     }
 
     /// Figures, decision, report.
-    fn end_round(&mut self, number: u32, duration: Duration) -> Result<Verdict, Cause> {
+    fn end_round(
+        &mut self,
+        number: u32,
+        duration: Duration,
+        (moved, pages): (u64, PageCounts),
+    ) -> Result<Verdict, Cause> {
         let began = Instant::now();
         let (dirty_bytes, dirty_rate) = self.common.dirty.sync()?;
         self.last_sync = began.elapsed();
-        let (moved, pages) = self.moved();
         if self.rounds.len() >= convergence::MEMORY {
             self.rounds.remove(0);
         }
@@ -280,7 +292,7 @@ impl Migration<'_> {
         let speedup_when_stopped = self.contention.factor(self.shared.cpu.total());
         let here = self.shared.guest.calls().expect(self.declared);
         let rate = convergence::limit_when_stopped(max_bandwidth, avail_switchover_bandwidth);
-        let fixed = self.probes.fixed(&here, self.last_sync, rate);
+        let fixed = self.probes.fixed(&here, self.last_sync, rate, standstill());
         let costs = Costs { fixed: fixed.total(), max_bandwidth, avail_switchover_bandwidth, speedup_when_stopped };
         let verdict = convergence::decide(&self.rounds, &costs, limit);
         let ram_rate = to_go::ram_rate(number, ram_bytes, moved, verdict.bandwidth);
@@ -340,6 +352,10 @@ impl Migration<'_> {
     pub(super) fn stopped(&self) -> bool {
         self.shared.stop.load(Ordering::Acquire)
     }
+}
+
+fn bytes_a_second(bytes: u64, time: Duration) -> u64 {
+    (bytes as f64 / time.as_secs_f64().max(1e-9)) as u64
 }
 
 /// Why rounds bring nothing, in a sentence.

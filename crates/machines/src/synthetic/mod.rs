@@ -38,7 +38,7 @@ const MIN_MEMORY_BYTES: u64 = 1 << 20;
 /// The most vCPUs.
 const MAX_VCPUS: u32 = 64;
 /// The longest pause, save, load or resume: a vCPU is in the middle of a step.
-const STEP: Duration = Duration::from_millis(2);
+const STEP: Duration = Duration::from_micros(500);
 /// The most device state: the device's log and the vCPUs' steps.
 const STATE_BYTES: u64 = 68 << 10;
 

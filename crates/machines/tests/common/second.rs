@@ -93,20 +93,28 @@ pub fn destination(words: Vec<(u16, Vec<u8>)>) -> (Uri, JoinHandle<Vec<u16>>) {
                 }
             }
         });
-        control.set_read_timeout(Some(std::time::Duration::from_millis(5))).unwrap();
+        let soon = Some(std::time::Duration::from_millis(5));
+        control.set_read_timeout(soon).unwrap();
         let (mut offered, mut heard) = (false, Vec::new());
         loop {
             for mark in marked.try_iter() {
                 say(&mut control, 5, &[mark, vec![0]].concat());
             }
-            // A frame is small and comes whole, or its beginning does not come at all.
+            // The rest of a frame is on its way.
             match control.peek(&mut [0; 40]) {
                 Ok(0) => break,
                 Ok(40..) => {}
                 _ => continue,
             }
-            let Ok((kind, _)) = read_frame(&mut control) else { break };
-            if kind == 7 && !offered {
+            control.set_read_timeout(None).unwrap();
+            let Ok((kind, body)) = read_frame(&mut control) else { break };
+            control.set_read_timeout(soon).unwrap();
+            if kind == 16 {
+                // The last piece of a probe: it will take no time at all.
+                if body[4] == 1 {
+                    say(&mut control, 17, &[&body[..4], &[0; 24]].concat());
+                }
+            } else if kind == 7 && !offered {
                 offered = true;
                 for (kind, body) in &words {
                     say(&mut control, *kind, body);
