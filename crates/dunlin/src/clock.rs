@@ -1,7 +1,7 @@
 //! Time that goes on while a process is frozen and while its host is suspended.
 
 use std::ops::{Add, Sub};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::sync::boot_time;
@@ -44,11 +44,16 @@ impl Sub<Duration> for BootInstant {
 
 /// When the other side was last heard of. Readers touch it; decisions look at it.
 #[derive(Debug)]
-pub(crate) struct Contact(AtomicU64);
+pub(crate) struct Contact {
+    /// Nanoseconds since the host was started.
+    heard: AtomicU64,
+    /// The connection on which it was is lost.
+    lost: AtomicBool,
+}
 
 impl Default for Contact {
     fn default() -> Self {
-        let contact = Self(AtomicU64::new(0));
+        let contact = Self { heard: AtomicU64::new(0), lost: AtomicBool::new(false) };
         contact.touch();
         contact
     }
@@ -57,10 +62,20 @@ impl Default for Contact {
 impl Contact {
     pub(crate) fn touch(&self) {
         let now = u64::try_from(BootInstant::now().0.as_nanos()).unwrap_or(u64::MAX);
-        self.0.fetch_max(now, Ordering::AcqRel);
+        self.heard.fetch_max(now, Ordering::AcqRel);
+        self.lost.store(false, Ordering::Release);
+    }
+
+    /// Nothing more comes, until it is heard of again.
+    pub(crate) fn lose(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
     }
 
     pub(crate) fn silence(&self) -> Duration {
-        BootInstant(Duration::from_nanos(self.0.load(Ordering::Acquire))).elapsed()
+        BootInstant(Duration::from_nanos(self.heard.load(Ordering::Acquire))).elapsed()
     }
 }

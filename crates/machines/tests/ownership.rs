@@ -470,7 +470,7 @@ fn a_start_that_nobody_knows_the_end_of() {
             assert_eq!((report.status, report.guest), (Status::Failed, GuestPlace::Undecided), "{}", message(report));
         }
         assert!(
-            message(&there).contains("no start today") && message(&here).contains("cannot say"),
+            message(&there).contains("no start today") && message(&here).contains("cannot tell"),
             "{}",
             message(&here)
         );
@@ -679,31 +679,71 @@ fn a_destination_that_runs_what_was_not_released() {
 /// one with the earlier decision stops and keeps its guest; both say so.
 #[test]
 fn a_conflict_is_settled_on_contact() {
+    settle_a_conflict(|_| Ok(()));
+}
+
+/// As well where the VMM of the side that gives way does not stop its machine.
+#[test]
+fn a_conflict_is_settled_without_the_vmm() {
+    settle_a_conflict(|step| if step == Step::Pause { Err("it does not pause".into()) } else { Ok(()) });
+    settle_a_conflict(|step| {
+        if step == Step::Pause {
+            std::thread::sleep(Duration::from_secs(4));
+        }
+        Ok(())
+    });
+}
+
+/// A person takes the guest back while it runs at the destination, whose VMM does `act` when it is to give way.
+fn settle_a_conflict(mut act: impl FnMut(Step) -> Result<(), MachineError> + Send + 'static) {
     let pair = pair();
-    let destination = pair.to.listen("tcp:127.0.0.1:0", &quick(&[]));
+    // Longer than a machine that must stop is waited for.
+    let set = parameters(&[("link-timeout", "3s"), ("handover-timeout", "2s")]);
+    let destination = pair.to.listen("tcp:127.0.0.1:0", &set);
     let target = destination.local_uri().clone();
     let proxy = Proxy::start(&target, Moment::Before(RUNNING), Harm::CutForGood);
     let Uri::Tcp { port: proxy_port, .. } = proxy.uri else { panic!() };
-    let migration = pair.from.migrate(&proxy.uri, &quick(&[("handover-timeout", "300ms")]));
+    let migration = pair.from.migrate(&proxy.uri, &set);
     assert_eq!(migration.wait().guest, GuestPlace::Undecided);
     until("it runs there", || really_runs(&pair.to.machine));
     drop(proxy);
     let again = std::net::TcpListener::bind(("127.0.0.1", proxy_port)).unwrap();
-    let relay = std::thread::spawn(move || {
-        let (client, _) = again.accept().unwrap();
-        common::splice(client, TcpStream::connect(("127.0.0.1", port(&target))).unwrap());
+    // Until the test's process ends: the source may come more than once.
+    std::thread::spawn(move || {
+        for client in again.incoming().flatten() {
+            let target = target.clone();
+            std::thread::spawn(move || {
+                if let Ok(there) = TcpStream::connect(("127.0.0.1", port(&target))) {
+                    common::splice(client, there);
+                }
+            });
+        }
     });
+    // Who does not get what only one machine may have has decided nothing, and nobody hears of it.
+    pair.here.set(|step, _, _| if step == Step::Claim { Err("another machine has it".into()) } else { Ok(()) });
+    let refused = pair.from.guest.take_back(TakeBack::Anyway).unwrap_err().to_string();
+    assert!(refused.contains("another machine has it"), "{refused}");
+    assert_eq!(pair.from.guest.ownership(), Ownership::Undecided);
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(really_runs(&pair.to.machine) && !really_runs(&pair.from.machine));
+    pair.here.set(|_, _, _| Ok(()));
+    pair.there.set(move |step, _, _| act(step));
+
     pair.from.guest.take_back(TakeBack::Anyway).unwrap();
-    until("the other one stops", || !pair.to.guest.is_running());
-    assert!(really_runs(&pair.from.machine) && !really_runs(&pair.to.machine));
+    until("the other one stops", || !pair.to.guest.is_running() && !really_runs(&pair.to.machine));
+    assert!(really_runs(&pair.from.machine));
     assert_eq!(pair.to.guest.ownership(), Ownership::Undecided);
-    until("both say so", || {
-        message(&destination.report()).contains("conflict") && message(&migration.report()).contains("conflict")
-    });
+    let began = Instant::now();
+    let say = || [message(&destination.report()), message(&migration.report())];
+    while say().iter().any(|message| !message.contains("conflict")) {
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", say());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(!really_runs(&pair.to.machine));
     // Nothing was thrown away.
+    pair.there.set(|_, _, _| Ok(()));
     pair.to.assert_good("kept");
     drop(migration);
-    drop(relay.join());
 }
 
 /// VMM code that takes its time: whoever asks is answered meanwhile, and may ask from within it.

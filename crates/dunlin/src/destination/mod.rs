@@ -326,8 +326,9 @@ impl Destination {
     /// Changes parameters: all of them while a migration is only waited for, the live ones under way.
     ///
     /// # Errors
-    /// When one of them is not live and a migration runs; nothing is changed then.
+    /// When one of them has no place in its range, or is not live and a migration runs; nothing is changed then.
     pub fn set_parameters(&self, wanted: &Parameters) -> Result<(), ParameterError> {
+        wanted.check()?;
         // Held, so that no migration begins in between.
         let session = lock(&self.shared.session);
         let mut parameters = lock(&self.shared.parameters);

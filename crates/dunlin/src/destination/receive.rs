@@ -90,7 +90,13 @@ impl Receiving {
                     Ok(None) => continue,
                     Ok(Some(event)) => event,
                     Err(cause) => match self.carries.link() {
-                        Some(link) => Event::Lost { link, cause },
+                        Some(link) => {
+                            // Whoever is busy with the guest must know before it comes to the event.
+                            if let Some(contact) = &self.contact {
+                                contact.lose();
+                            }
+                            Event::Lost { link, cause }
+                        }
                         None => Event::ChannelLost(cause),
                     },
                 };

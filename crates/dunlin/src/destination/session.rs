@@ -4,6 +4,7 @@
 //! ownership is changed before a message that tells of it is sent; nothing of a session that ended as Aborted can
 //! ever make the guest run.
 
+use std::cell::Cell;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -113,6 +114,8 @@ pub(super) struct Session<'a> {
     channels_due: Instant,
     device_state: DeviceState,
     acknowledged: Acknowledged,
+    /// Where the handover stood when that was looked at last.
+    known: Cell<DestinationState>,
     /// When the first of the device state came.
     state_came: Option<BootInstant>,
     offer: Option<Offer>,
@@ -156,6 +159,7 @@ impl<'a> Session<'a> {
             channels_due: Instant::now() + link_timeout,
             device_state: DeviceState::default(),
             acknowledged: Acknowledged { before: BootInstant::now(), latest: (0, BootInstant::now()) },
+            known: Cell::new(DestinationState::Loading),
             state_came: None,
             offer: None,
             offered: None,
@@ -170,7 +174,16 @@ impl<'a> Session<'a> {
 
     /// Where the handover stands.
     fn state(&self) -> DestinationState {
-        self.shared.guest.coming_at(self.coming).unwrap_or(DestinationState::Aborted)
+        if let Some(state) = self.shared.guest.coming_at(self.coming) {
+            self.known.set(state);
+        }
+        // One whose guest has come and gone, and come again otherwise, answers as it did.
+        self.known.get()
+    }
+
+    /// Another session has taken this one's place at the guest.
+    fn is_superseded(&self) -> bool {
+        self.shared.guest.coming_at(self.coming).is_none()
     }
 
     /// Drives the session, whose connection has brought `start` in `start_bytes` bytes, to its end.
@@ -188,7 +201,7 @@ impl<'a> Session<'a> {
         if let Err(cause) = begun {
             self.fail(cause);
         }
-        while !self.done && self.state() != DestinationState::Aborted {
+        while !self.done && self.state() != DestinationState::Aborted && !self.is_superseded() {
             if let Err(cause) = contain("destination session", || self.step()) {
                 self.fail(cause);
             }
@@ -360,7 +373,6 @@ impl<'a> Session<'a> {
             Message::Offer(offer) if self.offer.is_none() => {
                 *lock(&self.shared.phase) = Phase::Handover;
                 self.offer = Some(offer);
-                self.learn(offer);
                 let run = if offer.run { Resume::Run } else { Resume::StayPaused };
                 self.shared.guest.coming_runs(self.coming, run);
                 self.offered = Some(Instant::now());
@@ -391,14 +403,15 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// How long it took to stop this machine where it comes from is worth knowing when it goes on from here.
-    fn learn(&self, offer: Offer) {
-        let Some(parts) = DowntimeParts::from_nanoseconds(offer.parts) else { return };
+    /// How long it took to stop this machine where it comes from is worth knowing when it goes on from here. Saving was
+    /// measured together with sending, which is more.
+    fn learn(&self) {
+        let Some(parts) = self.offer.and_then(|offer| DowntimeParts::from_nanoseconds(offer.parts)) else { return };
         for (step, seconds) in
             [(MachineStep::Pause, parts.pause_seconds), (MachineStep::Save, parts.device_state_seconds)]
         {
             let took = Duration::try_from_secs_f64(seconds).unwrap_or_default();
-            self.shared.guest.calls().note(step, took);
+            self.shared.guest.calls().note(step, took.min(self.shared.switchover_limit()));
         }
     }
 
@@ -555,6 +568,8 @@ impl<'a> Session<'a> {
         if !arrived || self.state() != DestinationState::Loading {
             return Ok(());
         }
+        // Every channel has brought all it had.
+        self.suspicion = None;
         let began = Instant::now();
         self.placement.finish()?;
         let mut arrived = PageCounts::default();
@@ -687,7 +702,10 @@ impl<'a> Session<'a> {
     fn enter(&self, came: &Came) {
         match came.state {
             DestinationState::Ready => self.shared.set_status(Phase::Handover, Status::Device),
-            DestinationState::Running => self.shared.note_arrival(),
+            DestinationState::Running => {
+                self.learn();
+                self.shared.note_arrival();
+            }
             DestinationState::Kept if came.before == DestinationState::Running => {
                 self.note_conflict("the source decided later and runs it; it is paused here");
                 self.shared.changed.notify_all();

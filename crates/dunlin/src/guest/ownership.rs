@@ -12,6 +12,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{Guest, GuestEnd, GuestEvent, Ownership, Resume, StartPermit, TakeBack};
+use crate::channel::Uri;
 use crate::clock::{BootInstant, Contact};
 use crate::error::{Cause, GuestError, GuestPlace, MachineStep, Side};
 use crate::guest::permit::Used;
@@ -417,11 +418,22 @@ fn silent_enough(rule: TakeBack, contact: &Contact, link_timeout: Duration) -> R
 }
 
 /// A session whose destination does not know that the guest was taken back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Untold {
     pub(crate) session: SessionId,
+    /// Where it was.
+    pub(crate) uri: String,
     /// Of the source, when it took the guest back.
     pub(crate) epoch: u64,
+}
+
+/// What becomes of vCPUs that do not stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Otherwise {
+    /// They go on: the guest is this side's.
+    GoesOn,
+    /// They are kept out of the guest: it may be the other side's.
+    MustNotRun,
 }
 
 /// What is about to be done to the vCPUs.
@@ -582,6 +594,7 @@ impl Guest {
         state: MutexGuard<'a, State>,
         limit: Duration,
         cpu: &Arc<CpuTime>,
+        otherwise: Otherwise,
     ) -> (MutexGuard<'a, State>, Result<(), GuestError>) {
         if !state.running {
             return (state, Ok(()));
@@ -602,14 +615,25 @@ impl Guest {
                 self.set_end(&mut state, end);
             }
         });
-        match &stopped {
-            Ok(()) => {}
-            // It goes on, and if it stops after all it is started again.
-            Err(GuestError::MachineTooSlow { .. }) => {
-                let permit = permit.unwrap_or_else(StartPermit::unlimited);
+        let permit = permit.unwrap_or_else(StartPermit::unlimited);
+        match (&stopped, otherwise) {
+            (Ok(()), _) => {}
+            // If it stops after all, or has stopped before it failed, it is started again.
+            (Err(GuestError::MachineTooSlow { .. } | GuestError::MachinePanicked { .. }), Otherwise::GoesOn) => {
                 self.calls.follow_up(MachineStep::Resume, move |machine| drop(machine.resume(&permit)));
             }
-            Err(_) => {}
+            (Err(_), Otherwise::GoesOn) => {}
+            (Err(_), Otherwise::MustNotRun) => {
+                if state.runs() {
+                    self.tell(GuestEvent::Stopped);
+                }
+                state.running = false;
+                // This needs nothing of the machine but that its vCPUs ask before they enter the guest.
+                drop(state);
+                permit.revoke();
+                self.calls.follow_up(MachineStep::Pause, |machine| drop(machine.pause()));
+                state = self.state();
+            }
         }
         (state, stopped)
     }
@@ -631,7 +655,7 @@ impl Guest {
         }
         let cpu = Arc::default();
         if run == Resume::StayPaused {
-            let (state, stopped) = self.stop_vcpus(state, OPERATOR_LIMIT, &cpu);
+            let (state, stopped) = self.stop_vcpus(state, OPERATOR_LIMIT, &cpu, Otherwise::GoesOn);
             let on_end = state.on_end();
             drop(state);
             on_end.iter().for_each(|act| act());
@@ -774,9 +798,9 @@ impl Guest {
     }
 
     /// The destination of `session`, which was migration `id`, could not be told that the guest is here.
-    pub(crate) fn note_untold(&self, id: u64, session: SessionId) {
+    pub(crate) fn note_untold(&self, id: u64, session: SessionId, uri: &Uri) {
         let epoch = self.state().leaving(id).map_or(1, |leaving| leaving.epoch);
-        self.keep_untold(Untold { session, epoch });
+        self.keep_untold(Untold { session, uri: uri.to_string(), epoch });
     }
 
     pub(crate) fn keep_untold(&self, untold: Untold) {
@@ -881,8 +905,22 @@ impl Guest {
         let deadline = now() + limit;
         let mut state = self.state();
         let mut claim_given_up = false;
+        // What a person's decision needs is taken before it counts: without it nothing has changed, and nobody is told.
+        let mut claimed = false;
         let (before, next, actions, run, cpu) = loop {
             let busy = state.turn.is_some();
+            if claimed && let Err(error) = Self::still_takes_back(&mut state, id, &allowed) {
+                // The destination has answered meanwhile.
+                let claim = match state.leaving(id).map(|leaving| leaving.state) {
+                    Ok(SourceState::Released) => Claim::Released,
+                    _ => Claim::Nothing,
+                };
+                let (_state, _) = self.with_turn(state, MachineStep::Claim, |guest| {
+                    let cpu = Arc::default();
+                    guest.calls.call(MachineStep::Claim, GIVE_UP_LIMIT, &cpu, move |machine| machine.claim(claim))
+                });
+                return Err(error);
+            }
             let ended = state.must_not_have_ended();
             let leaving = state.leaving(id)?;
             allowed(leaving)?;
@@ -917,6 +955,17 @@ impl Guest {
                 state = locked;
                 continue;
             }
+            if event == SourceEvent::TakeBack && !claimed {
+                let cpu = leaving.cpu.clone();
+                let claim = if rule == TakeBack::Anyway { Claim::Anyway } else { Claim::Whole };
+                let (locked, taken) = self.with_turn(state, MachineStep::Claim, |guest| {
+                    guest.calls.call(MachineStep::Claim, RESUME_LIMIT, &cpu, move |machine| machine.claim(claim))
+                });
+                taken.map_err(Cause::Guest)?;
+                claimed = true;
+                state = locked;
+                continue;
+            }
             let before = std::mem::replace(&mut leaving.state, next);
             leaving.seen = leaving.seen.max(heard.epoch);
             leaving.mistrusted |= before == SourceState::Offered && event == SourceEvent::Running;
@@ -943,16 +992,13 @@ impl Guest {
                 leaving.run = run;
                 leaving.times.stopped = Some(now());
             }
-            let (locked, stopped) = self.stop_vcpus(state, left, &cpu);
+            let otherwise = if next == SourceState::Kept { Otherwise::MustNotRun } else { Otherwise::GoesOn };
+            let (locked, stopped) = self.stop_vcpus(state, left, &cpu, otherwise);
             state = locked;
             // Also one that ended in this very moment is not handed over.
             stopped.and_then(|()| if next == SourceState::Paused { state.must_not_have_ended() } else { Ok(()) })
         } else if actions.contains(&ResumeGuest) {
-            let claim = match (before, rule) {
-                (SourceState::Paused, _) => None,
-                (_, TakeBack::Anyway) => Some(Claim::Anyway),
-                (_, TakeBack::WhenSilent) => Some(Claim::Whole),
-            };
+            let claim = (before != SourceState::Paused && !claimed).then_some(Claim::Whole);
             let plan =
                 StartPlan { permit: StartPermit::unlimited(), claim, run, limit: RESUME_LIMIT, cpu: cpu.clone() };
             // A guest that never stopped, because its pause failed, keeps what it runs under.
@@ -983,6 +1029,18 @@ impl Guest {
         }
         let releasing = actions.contains(&SendRelease).then_some(Releasing { guest: self, id });
         Ok(Left { state: next, actions, acted, say, releasing })
+    }
+
+    /// Whether a person may still take back a guest that is on its way.
+    fn still_takes_back(
+        state: &mut State,
+        id: u64,
+        allowed: &impl Fn(&Leaving) -> Result<(), GuestError>,
+    ) -> Result<(), Cause> {
+        let leaving = state.leaving(id)?;
+        allowed(leaving)?;
+        leaving.state.on(SourceEvent::TakeBack)?;
+        Ok(())
     }
 
     /// An event of migration `id` in: the next state, ownership with it, and what is to be done to the guest is done.
@@ -1038,7 +1096,7 @@ impl Guest {
                 }
                 PauseGuest if state.coming_state().is_some() => {
                     let cpu = state.coming(id)?.cpu.clone();
-                    let (locked, stopped) = self.stop_vcpus(state, STOP_LIMIT, &cpu);
+                    let (locked, stopped) = self.stop_vcpus(state, STOP_LIMIT, &cpu, Otherwise::MustNotRun);
                     state = locked;
                     error = stopped.err();
                 }
@@ -1081,7 +1139,8 @@ impl Guest {
         let (mut state, start) = self.start_vcpus(state, plan);
         let coming = state.coming(id)?;
         // A source that may be dead must not be given back the only copy.
-        let unheard = coming.contact.silence() >= coming.link_timeout / 2 && coming.state == DestinationState::Starting;
+        let silent = coming.contact.is_lost() || coming.contact.silence() >= coming.link_timeout / 2;
+        let unheard = silent && coming.state == DestinationState::Starting;
         let (event, error) = match start {
             Start::Done => (DestinationEvent::Started, None),
             Start::Failed(error) if unheard => (DestinationEvent::Unheard, Some(error)),

@@ -265,8 +265,12 @@ impl Migration<'_> {
     /// afterwards only the limit and a lost link do.
     fn next_word(&self) -> Result<Message, Cause> {
         loop {
-            let left = self.shared.time_left();
             let released = self.shared.guest.leaving_at(self.shared.id) == Some(SourceState::Released);
+            // The destination has all of its time from then on, and says so at the end of it.
+            let left = match self.shared.guest.leaving_times(self.shared.id).released {
+                Some(then) if released => (self.shared.switchover_timeout() + ANSWER).saturating_sub(then.elapsed()),
+                _ => self.shared.time_left(),
+            };
             let event = match self.incoming.recv_timeout(left) {
                 Ok(event) => event,
                 Err(RecvTimeoutError::Timeout) => {
@@ -539,7 +543,7 @@ pub(super) fn tell(shared: &Shared, patience: Duration, cause: Option<&Cause>) {
         std::thread::sleep(pause);
         pause = (pause * 2).min(RETRY.1);
     }
-    shared.guest.note_untold(shared.id, session);
+    shared.guest.note_untold(shared.id, session, &shared.uri);
 }
 
 /// A destination may still hold what an earlier migration of this guest brought, because it could not be told that the guest
@@ -552,8 +556,13 @@ pub(super) fn tell_earlier(shared: &Shared) {
     for untold in shared.guest.take_untold() {
         let told = Again::open(shared, untold.session, limit)
             .and_then(|mut again| again.sender.send(&Message::Abort(abort(shared, untold.epoch, None))));
-        // A destination that knows nothing of it is another one, or has been started anew.
-        if !matches!(told, Ok(()) | Err(Cause::Refused { .. })) {
+        let is_over = match told {
+            Ok(()) => true,
+            // One that knows nothing of it is another, or where it was, one that has been started anew.
+            Err(Cause::Refused { .. }) => untold.uri == shared.uri.to_string(),
+            Err(_) => false,
+        };
+        if !is_over {
             shared.guest.keep_untold(untold);
         }
     }
