@@ -98,8 +98,8 @@ pub trait Machine: Send + Sync {
 
     /// Takes or gives up what only one machine may use at a time, above all the locks on disk images. `claim` says
     /// which part belongs to this side from now on. Claiming what this side already has changes nothing. The engine
-    /// calls this whenever ownership of the guest changes, while the guest is paused, and before each
-    /// [`resume`](Self::resume).
+    /// calls this whenever ownership of the guest changes, before each [`resume`](Self::resume), and once more when the
+    /// source of a guest that runs here has let go of everything.
     ///
     /// # Errors
     /// When another machine has what is claimed. Giving up never fails.
