@@ -81,7 +81,7 @@ fn waiting_before_the_switchover() {
     assert_eq!(from.machine.steps(), steps, "a paused guest does nothing");
     for wrong in [Status::Device, Status::Active] {
         let error = moving.resume_switchover(wrong).unwrap_err().to_string();
-        assert!(error.contains("it is pre-switchover"), "{error}");
+        assert!(error.contains("its status is pre-switchover"), "{error}");
     }
     moving.resume_switchover(Status::PreSwitchover).unwrap();
     // A second word, which may come too late, does no harm.

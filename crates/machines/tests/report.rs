@@ -348,12 +348,11 @@ fn of_a_migration_that_completes() {
         let rate = passed as f64 / (total - first);
         let bandwidth = here.bandwidth_bytes_per_second as f64;
         assert!((0.7..1.4).contains(&(bandwidth / rate)), "{bandwidth} of {rate} bytes a second");
-        let written = f64::from(30 << 20);
-        assert!(
-            (0.1..1.5).contains(&(here.dirty_bytes_per_second as f64 / written)),
-            "{}",
-            here.dirty_bytes_per_second
-        );
+        // Of the longest round: in one of some milliseconds a page or two make the rate.
+        let longest = here.rounds.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds)).unwrap();
+        let written = longest.dirty_bytes_per_second as f64 / f64::from(30 << 20);
+        assert!((0.1..1.5).contains(&written), "{longest:?}");
+        assert_eq!(here.dirty_bytes_per_second, here.rounds.last().unwrap().dirty_bytes_per_second);
         let predicted = here.predicted_downtime_seconds.unwrap();
         assert!((predicted - here.downtime_seconds).abs() < 0.05, "{predicted} for {} s", here.downtime_seconds);
         // A channel's thread is busy or waits for as long as rounds last.
