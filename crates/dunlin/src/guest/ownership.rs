@@ -913,7 +913,9 @@ impl Guest {
                 // The destination has answered meanwhile.
                 let claim = match state.leaving(id).map(|leaving| leaving.state) {
                     Ok(SourceState::Released) => Claim::Released,
-                    _ => Claim::Nothing,
+                    Ok(SourceState::Gone) => Claim::Nothing,
+                    // It is this side's.
+                    _ => return Err(error),
                 };
                 let (_state, _) = self.with_turn(state, MachineStep::Claim, |guest| {
                     let cpu = Arc::default();
