@@ -37,9 +37,9 @@ pub(crate) struct ChannelCounters {
     pages: [AtomicU64; PageKind::COUNT],
     /// What `delta` did up to the last round.
     pub(crate) delta: Mutex<DeltaCounts>,
-    /// Nanoseconds that the channel's thread has used of a processor,
+    /// Nanoseconds that the channel's thread has used of a processor.
     busy: AtomicU64,
-    /// and that it stood still.
+    /// Nanoseconds that the channel's thread stood still.
     waiting: AtomicU64,
     /// What the link carries a second, as 1 more than that, while the channel always has bytes under way; else 0.
     link_speed: AtomicU64,

@@ -62,11 +62,11 @@ pub(crate) struct Connection {
 /// What has gone through a connection, the hello and its answer included.
 #[derive(Debug, Default)]
 struct Traffic {
-    /// Bytes that the kernel has taken,
+    /// Bytes that the kernel has taken to send.
     sent: AtomicU64,
-    /// those of the call under way that it may not have taken yet,
+    /// Bytes of the sending call under way that the kernel may not have taken yet.
     offered: AtomicU64,
-    /// and those that came from the peer.
+    /// Bytes that came from the peer.
     received: AtomicU64,
 }
 

@@ -100,10 +100,10 @@ pub struct DirtyRate {
     /// The shortest time within which a page was looked at twice.
     #[serde(default)]
     pub window_seconds: Option<f64>,
-    /// Pages that were looked at, where pages are sampled,
+    /// Pages that were looked at, where pages are sampled.
     #[serde(default)]
     pub samples: Option<u64>,
-    /// and those of them that had changed. If none had, no more is known of the rate than the most that it can be.
+    /// Sampled pages that had changed. If none had, no more is known of the rate than the most that it can be.
     #[serde(default)]
     pub changed_samples: Option<u64>,
     /// What each vCPU has of it, where they can be told apart.

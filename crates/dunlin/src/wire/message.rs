@@ -128,9 +128,9 @@ pub(crate) struct Probe {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Probed {
     pub(crate) number: u32,
-    /// Loading device state will take so long,
+    /// How long loading device state will take.
     pub(crate) load: Duration,
-    /// and starting the guest.
+    /// How long starting the guest will take.
     pub(crate) resume: Duration,
     /// How late this side may be to run when it is to.
     pub(crate) late: Duration,
